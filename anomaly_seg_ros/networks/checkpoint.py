@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read weights from files without ever executing what is in them."""
+
+from pathlib import Path
+import pickle
+from typing import TYPE_CHECKING
+
+from anomaly_seg_ros.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn, Tensor
+
+
+def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
+    """Read a state dict from ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``.
+
+    Checkpoints that keep the state dict under ``state_dict`` or ``model`` are accepted, and so is
+    the ``module.`` prefix of DataParallel. Pickled code is never executed: torch reads with
+    ``weights_only=True``.
+
+    Raises
+    ------
+    UserError
+        If the file is missing, unreadable, or holds anything but tensors by name.
+
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'{path}: no such weights file. Give the path of a state dict '
+                        '(.pth, .pt, .safetensors).')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f'{path}: holds more than tensors (or is damaged), and was not executed: '
+            f'{str(error).splitlines()[0]} Save it again with torch.save(model.state_dict(), ...) '
+            'or as .safetensors.') from error
+    except Exception as error:  # torch and safetensors raise many kinds for damaged files
+        raise UserError(f'{path}: not a readable weights file '
+                        f'({type(error).__name__}: {str(error).splitlines()[0]}). Download or '
+                        'save it again.') from error
+    for key in ('state_dict', 'model'):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor)
+            for key, value in state.items()):
+        raise UserError(f'{path}: expected a state dict (names and tensors), got '
+                        f'{type(state).__name__}. Save it with '
+                        'torch.save(model.state_dict(), ...).')
+    if all(key.startswith('module.') for key in state):
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
+    return state
+
+
+def fit_state_dict(network: 'nn.Module', state: 'dict[str, Tensor]', path: Path | str) -> None:
+    """Load ``state`` into ``network``; an error says which keys do not fit."""
+    import torch
+
+    own = network.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(state.keys() - own.keys())
+    wrong = [f'{key}: expected {tuple(own[key].shape)}, got {tuple(state[key].shape)}'
+             for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if missing or unexpected or wrong:
+        parts = [f'{len(keys)} {what} ({_some(keys)})' for what, keys in
+                 (('missing', missing), ('unexpected', unexpected), ('of another shape', wrong))
+                 if keys]
+        raise UserError(f'{path}: weights do not fit {type(network).__name__}: keys '
+                        f'{"; ".join(parts)}. Give the weights of this network, or name the '
+                        'network they belong to.')
+    bad = sorted(key for key, value in state.items()
+                 if value.is_floating_point() and not torch.isfinite(value).all())
+    if bad:
+        raise UserError(f'{path}: weights with NaN or infinity ({_some(bad)}). Use another '
+                        'checkpoint.')
+    network.load_state_dict(state)
+
+
+def _some(keys: list[str]) -> str:
+    return ', '.join(keys[:4]) + (f', and {len(keys) - 4} more' if len(keys) > 4 else '')

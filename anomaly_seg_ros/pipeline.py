@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page to read first: one camera frame in, one detection out.
+
+    frame -> preprocess -> network + score -> upsample -> obstacles -> Detection
+
+The network runs at its own input size. Labels and score come back at the network's output size
+and are resized to the camera's resolution; the threshold is applied there, so that the mask lies
+on the image to the pixel.
+"""
+
+from dataclasses import dataclass, replace
+import time
+
+import cv2
+import numpy as np
+
+from anomaly_seg_ros.backends import Backend
+from anomaly_seg_ros.obstacles import find_obstacles, Obstacle, ObstacleSettings
+from anomaly_seg_ros.preprocess import check_image, Preprocessor
+
+STAGES = ('preprocess', 'network', 'upsample', 'obstacles')
+
+
+class BadOutput(RuntimeError):
+    """The network gave NaN or infinity: there is no answer for this frame."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The answer for one frame, at the camera's resolution.
+
+    The arrays belong to the pipeline and are overwritten by its next call; ``copy`` keeps them.
+
+    Attributes
+    ----------
+    labels
+        uint8 (H, W), class ids.
+    anomaly
+        float32 (H, W), the score; higher is more anomalous.
+    mask
+        uint8 (H, W), 255 where an obstacle is, else 0.
+    obstacles
+        The components of ``mask``, largest first.
+    stages_ms
+        Time of each stage in milliseconds, by the names in ``STAGES``.
+
+    """
+
+    labels: np.ndarray
+    anomaly: np.ndarray
+    mask: np.ndarray
+    obstacles: tuple[Obstacle, ...]
+    stages_ms: dict[str, float]
+
+    def copy(self) -> 'Detection':
+        """Return a detection with arrays of its own."""
+        return replace(self, labels=self.labels.copy(), anomaly=self.anomaly.copy(),
+                       mask=self.mask.copy())
+
+
+class Pipeline:
+    """One model on one device, with the settings that turn its score into obstacles.
+
+    Attributes
+    ----------
+    settings
+        Threshold, minimum area and region; may be replaced between calls.
+    card
+        The model's card.
+
+    """
+
+    def __init__(self, backend: Backend, settings: ObstacleSettings | None = None) -> None:
+        """Take an open backend; without ``settings``, the card's threshold is used."""
+        self.card = backend.card
+        self.settings = settings or ObstacleSettings(self.card.threshold)
+        self._backend = backend
+        self._preprocess = Preprocessor(self.card) if self.card.input_variant == 'host' else None
+        self._labels = np.empty((0, 0), np.uint8)
+        self._anomaly = np.empty((0, 0), np.float32)
+        self._mask = np.empty((0, 0), np.uint8)
+
+    def __call__(self, image: np.ndarray, channel_order: str = 'rgb') -> Detection:
+        """Answer one frame.
+
+        Parameters
+        ----------
+        image
+            uint8 (H, W, 3), any size (the card's ``frame_size_hw`` for a ``device`` model).
+        channel_order
+            ``rgb`` or ``bgr``.
+
+        Raises
+        ------
+        ValueError
+            If the image is of another type or shape.
+        BadOutput
+            If the score is not finite everywhere.
+
+        """
+        check_image(image, channel_order)
+        clock = [time.perf_counter()]
+
+        if self._preprocess is None:
+            network_input = image if channel_order == 'rgb' else image[..., ::-1]
+        else:
+            network_input = self._preprocess(image, channel_order)
+        clock.append(time.perf_counter())
+
+        output = self._backend.run(network_input)
+        # A sum is finite only if every summand is (float64 cannot overflow from float32).
+        if not np.isfinite(cv2.sumElems(output.anomaly)[0]):
+            raise BadOutput(f'score {self.card.score!r} is not finite everywhere in this frame')
+        clock.append(time.perf_counter())
+
+        labels, anomaly = self._to_camera_size(output.labels, output.anomaly, image.shape[:2])
+        clock.append(time.perf_counter())
+
+        mask, obstacles = find_obstacles(anomaly, self.settings, output.labels,
+                                         self.card.drivable, out=self._mask)
+        clock.append(time.perf_counter())
+
+        stages_ms = {name: (after - before) * 1e3
+                     for name, before, after in zip(STAGES, clock, clock[1:], strict=False)}
+        return Detection(labels, anomaly, mask, obstacles, stages_ms)
+
+    def warm_up(self, frame_size_hw: tuple[int, int] | None = None, runs: int = 3) -> None:
+        """Run on grey frames, so that the first real frame is as fast as the others."""
+        size = self.card.frame_size_hw or frame_size_hw or self.card.input_size_hw
+        frame = np.full((*size, 3), 127, np.uint8)
+        for _ in range(runs):
+            self(frame)
+
+    def _to_camera_size(self, labels: np.ndarray, anomaly: np.ndarray,
+                        size_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Resize labels (nearest) and score (bilinear), both with half-pixel centres."""
+        if self._mask.shape != size_hw:
+            self._labels = np.empty(size_hw, np.uint8)
+            self._anomaly = np.empty(size_hw, np.float32)
+            self._mask = np.empty(size_hw, np.uint8)
+        if labels.shape == size_hw:
+            return labels, anomaly
+        size_wh = size_hw[::-1]
+        return (cv2.resize(labels, size_wh, dst=self._labels,
+                           interpolation=cv2.INTER_NEAREST_EXACT),
+                cv2.resize(anomaly, size_wh, dst=self._anomaly, interpolation=cv2.INTER_LINEAR))
