@@ -14,6 +14,8 @@ import numpy as np
 
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.files import atomic_write_bytes
+from anomaly_seg_ros.fused import fuse
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
 from anomaly_seg_ros.preprocess import Preprocessor
@@ -96,7 +98,7 @@ def export_model(request: ExportRequest, output: Path | str,
         raise UserError(str(error)) from error
     network = load_network(request.network, request.weights)
     check_size(request.input_size_hw, network)
-    fused = fuse(network.module, request.score, request.temperature)
+    fused = fuse(network, request.score, request.temperature)
     card = _draft_card(request, network)
     inputs = [Preprocessor(card)(frame).copy()
               for frame in (check_frames() if frames is None else frames)]
@@ -114,29 +116,9 @@ def export_model(request: ExportRequest, output: Path | str,
             'python': platform.python_version(), 'exported': time.strftime('%Y-%m-%d')})
     parity = check_parity(graph, card, inputs, reference)
     card = replace(card, parity=parity)
-    from anomaly_seg_ros.files import atomic_write_bytes
     atomic_write_bytes(output, seal_model(graph, card))
     logging.getLogger(__name__).info('exported in %.1f s', time.perf_counter() - started)
     return card
-
-
-def fuse(network: 'nn.Module', score: str, temperature: float) -> 'nn.Module':
-    """Return a module: image (1, 3, H, W) -> labels uint8 (1, h, w), score float32 (1, h, w)."""
-    import torch
-
-    function = score_function(score)
-
-    class Fused(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, image: 'Tensor') -> 'tuple[Tensor, Tensor]':
-            logits = self.network(image).float()
-            labels = logits.argmax(dim=1).to(torch.uint8)
-            return labels, function(logits, temperature)
-
-    return Fused().eval()
 
 
 def to_onnx(fused: 'nn.Module', example: 'Tensor') -> bytes:
