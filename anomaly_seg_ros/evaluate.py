@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From answers and ground truth to metrics.json, per_frame.csv and report.html.
+
+``Recorder`` takes one answer after another, wherever it comes from (the pipeline on a data set or
+a bag, or the live node), stores scores and masks as files, and computes the metrics from those
+files at the end; the same frames give the same figures whichever way they came.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import csv
+from dataclasses import asdict, dataclass, field
+import json
+import logging
+import os
+from pathlib import Path
+import platform
+import shutil
+import sys
+import time
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from anomaly_seg_ros import __version__
+from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.datasets.frame import Frame
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.files import atomic_write, atomic_write_text
+from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
+from anomaly_seg_ros.metrics.stored import score_metrics, StoredScores
+from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
+from anomaly_seg_ros.obstacles import ObstacleSettings
+from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
+
+LOG = logging.getLogger(__name__)
+
+PER_FRAME_COLUMNS = (
+    'frame_id', 'width', 'height', 'pixels', 'positives', 'average_precision', 'fpr95', 'auroc',
+    'best_f1', 'score_mean', 'score_max', 'obstacles',
+    *(f'{stage}_ms' for stage in STAGES), 'end_to_end_ms')
+
+_PICTURE_WIDTH = 640
+
+Progress = Callable[[str, int, int], None]
+
+
+class FrameSource(Protocol):
+    """What an evaluation needs of a data set."""
+
+    name: str
+
+    @property
+    def frame_ids(self) -> Sequence[str]:
+        """Names of the frames, in order."""
+        ...
+
+    def __getitem__(self, index: int) -> Frame:
+        """Read one frame; raises UserError that names the file."""
+        ...
+
+    def check(self) -> list[str]:
+        """List what is wrong with the files without reading all pixels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one frame gave, at the camera's resolution.
+
+    Attributes
+    ----------
+    labels, anomaly, mask
+        As in ``Detection``.
+    obstacles
+        Number of obstacles in ``mask``.
+    latency_ms
+        Milliseconds by stage; the key ``end_to_end`` holds the whole.
+
+    """
+
+    labels: np.ndarray
+    anomaly: np.ndarray
+    mask: np.ndarray
+    obstacles: int
+    latency_ms: Mapping[str, float]
+
+
+@dataclass
+class RunInfo:
+    """What was run, for the ``run`` part of metrics.json.
+
+    Attributes
+    ----------
+    model
+        The model file.
+    data
+        Name and place of the frames.
+    backend
+        What the backend says of itself.
+    settings
+        Threshold, minimum area, region.
+    extra
+        Anything else worth keeping.
+
+    """
+
+    model: ModelFile
+    data: str
+    backend: Mapping[str, str]
+    settings: ObstacleSettings
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return model, card, data, command, versions and machine."""
+        return {
+            'model': str(self.model.path), 'model_sha256': self.model.sha256,
+            'card': json.loads(self.model.card.to_json()), 'data': self.data,
+            'backend': dict(self.backend), 'settings': asdict(self.settings),
+            'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
+            'versions': versions(), 'machine': machine(),
+            'finished': time.strftime('%Y-%m-%dT%H:%M:%S%z'), **self.extra}
+
+
+class Recorder:
+    """Keeps what each frame gave and turns it into result files.
+
+    Scores (float32 ``.npy``), masks and thumbnails go to disk as they come, so memory does not
+    grow with the number of frames and a run that breaks off loses nothing: the scores stay under
+    the output folder, and ``anomaly-seg metrics`` computes their metrics.
+    """
+
+    def __init__(self, output: Path | str, card: ModelCard, *, save_scores: bool = False) -> None:
+        """Prepare the folder ``output``; result files of an older run there are removed first."""
+        self.output = Path(output)
+        self._card = card
+        self._save_scores = save_scores
+        self._scores = self.output / 'scores'
+        self._masks = self.output / 'masks'
+        self._thumbnails = self.output / '.thumbnails'
+        self._rows: list[dict[str, Any]] = []
+        self._latency: dict[str, list[float]] = {}
+        self._confusion: ConfusionMatrix | None = None
+        self._scored: list[str] = []
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for name in ('metrics.json', 'per_frame.csv', 'report.html'):
+                (self.output / name).unlink(missing_ok=True)
+            for folder in (self._scores, self._masks, self._thumbnails):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+        except OSError as error:
+            raise UserError(f'{self.output}: cannot be written ({error.strerror}). Choose '
+                            'another output folder.') from error
+
+    @property
+    def frames(self) -> int:
+        """Number of frames recorded."""
+        return len(self._rows)
+
+    def add(self, frame: Frame, answer: Answer) -> None:
+        """Record the answer to one frame."""
+        height, width = frame.image_rgb.shape[:2]
+        for what, array in (('score', answer.anomaly), ('label image', answer.labels)):
+            if array.shape != (height, width):
+                raise UserError(f'frame {frame.frame_id}: {what} of {array.shape}, image of '
+                                f'{(height, width)}; the answer does not belong to this frame')
+        name = file_name(frame.frame_id)
+        if frame.anomaly_mask is not None:
+            if frame.anomaly_mask.shape != (height, width):
+                raise UserError(f'frame {frame.frame_id}: mask of {frame.anomaly_mask.shape}, '
+                                f'image of {(height, width)}')
+            _save_array(self._scores / f'{name}.npy', answer.anomaly)
+            _save_array(self._masks / f'{name}.npy', frame.anomaly_mask)
+            self._scored.append(name)
+        if frame.labels is not None:
+            if self._confusion is None:
+                self._confusion = ConfusionMatrix(len(self._card.classes))
+            self._confusion.update(answer.labels, frame.labels)
+        self._rows.append({
+            'frame_id': frame.frame_id, 'width': width, 'height': height,
+            'score_mean': float(cv2.mean(answer.anomaly)[0]),
+            'score_max': float(answer.anomaly.max()), 'obstacles': answer.obstacles,
+            **{f'{stage}_ms': value for stage, value in answer.latency_ms.items()
+               if f'{stage}_ms' in PER_FRAME_COLUMNS}})
+        for stage, value in answer.latency_ms.items():
+            self._latency.setdefault(stage, []).append(float(value))
+        self._keep_thumbnail(name, frame, answer)
+
+    def finish(self, run: RunInfo, *, track: str | None = None, dropped: int = 0,
+               title: str = '', workers: int = 1,
+               progress: Progress | None = None) -> dict[str, Any]:
+        """Compute the metrics, write the result files and return metrics.json's content."""
+        if not self._rows:
+            raise UserError(f'{run.data}: no frame was answered, so there is nothing to report')
+        metrics, curves = self._score_metrics(track, workers, progress)
+        metrics['segmentation'] = self._segmentation()
+        metrics['latency_ms'] = {
+            **{stage: percentiles(values) for stage, values in self._latency.items()},
+            'frames': len(self._rows), 'dropped': dropped}
+        metrics['run'] = run.as_json()
+        write_per_frame(self.output / 'per_frame.csv', self._rows)
+        atomic_write_text(self.output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
+        self._write_report(metrics, curves, title or run.data)
+        if not self._save_scores:
+            shutil.rmtree(self._scores)
+            shutil.rmtree(self._masks)
+        shutil.rmtree(self._thumbnails)
+        return metrics
+
+    def _score_metrics(self, track: str | None, workers: int, progress: Progress | None
+                       ) -> tuple[dict[str, Any], Any]:
+        if not self._scored:
+            none = {'reason': 'no frame has an anomaly mask'}
+            return {'pixel': none, 'components': none, 'compat': none}, None
+        result = score_metrics(
+            StoredScores(self._scores, self._masks), track=track, workers=workers,
+            progress=None if progress is None else
+            (lambda done, total: progress('metrics', done, total)))
+        by_name = {row['frame_id']: row for row in result.per_frame}
+        for row in self._rows:
+            row.update({key: value for key, value in
+                        by_name.get(file_name(row['frame_id']), {}).items()
+                        if key in PER_FRAME_COLUMNS and key != 'frame_id'})
+        return dict(result.as_json()), result.curves
+
+    def _segmentation(self) -> dict[str, Any]:
+        if self._confusion is None:
+            return {'miou': None, 'accuracy': None, 'iou_by_class': None,
+                    'reason': 'no frame has ground-truth labels'}
+        return dict(self._confusion.as_json(self._card.classes))
+
+    def _keep_thumbnail(self, name: str, frame: Frame, answer: Answer) -> None:
+        height, width = frame.image_rgb.shape[:2]
+        size = (min(width, _PICTURE_WIDTH), max(1, height * min(width, _PICTURE_WIDTH) // width))
+
+        def small(image: np.ndarray, interpolation: int) -> np.ndarray:
+            return cv2.resize(image, size, interpolation=interpolation)
+
+        truth = {} if frame.anomaly_mask is None else {
+            'truth': small(frame.anomaly_mask, cv2.INTER_NEAREST)}
+        # The brightest score of each block, so that a small anomaly stays visible.
+        with atomic_write(self._thumbnails / f'{name}.npz') as path, open(path, 'wb') as stream:
+            np.savez(stream, image=small(frame.image_rgb, cv2.INTER_AREA),
+                     labels=small(answer.labels, cv2.INTER_NEAREST),
+                     anomaly=small(answer.anomaly, cv2.INTER_AREA),
+                     mask=small(answer.mask, cv2.INTER_NEAREST), **truth)
+
+    def _write_report(self, metrics: dict[str, Any], curves: Any, title: str) -> None:
+        """Write report.html where the extra ``report`` is installed; else say how to get it."""
+        try:
+            import jinja2  # noqa: F401
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            LOG.warning('no report.html: %s is not installed; pip install '
+                        '"anomaly_seg_ros[report]". metrics.json and per_frame.csv are complete.',
+                        error.name)
+            return
+        from anomaly_seg_ros.report import choose_frames, FramePicture, ReportData, write_report
+        from anomaly_seg_ros.visualize import anomaly_u8, heat_map, overlay
+
+        pictures = []
+        for kind, row in choose_frames(self._rows):
+            with np.load(self._thumbnails / f'{file_name(row["frame_id"])}.npz') as data:
+                kept = dict(data)
+            pictures.append(FramePicture(
+                frame_id=row['frame_id'], kind=kind, caption='',
+                image_rgb=kept['image'],
+                overlay_rgb=overlay(kept['image'], kept['labels'], kept['anomaly'], kept['mask'],
+                                    self._card.palette, self._card.score_range),
+                heat_rgb=heat_map(anomaly_u8(kept['anomaly'], self._card.score_range)),
+                mask=kept['mask'], ground_truth=kept.get('truth')))
+        write_report(self.output / 'report.html', ReportData(
+            title=title, metrics=metrics, curves=curves, frames=pictures,
+            latency_ms=self._latency))
+
+
+def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
+             backend: str = 'cpu', threads: int = 0, settings: ObstacleSettings | None = None,
+             limit: int | None = None, save_scores: bool = False, keep_going: bool = False,
+             workers: int = 1, progress: Progress | None = None) -> dict[str, Any]:
+    """Run a model over a data set and write metrics.json, per_frame.csv and report.html.
+
+    Parameters
+    ----------
+    model
+        Path of the model file.
+    source
+        A data set of ``anomaly_seg_ros.datasets``.
+    output
+        Folder for the results.
+    backend, threads
+        Which backend, and its threads (0: as many as there are cores).
+    settings
+        Threshold, minimum area and region; default: the card's threshold.
+    limit
+        Take only this many frames, from the first.
+    save_scores
+        Keep the score maps and masks in ``scores`` and ``masks``.
+    keep_going
+        Leave out frames that cannot be read or answered, and report the rest; without it the
+        first problem ends the run.
+    workers
+        Processes that compute the metrics.
+    progress
+        Called with (what, done, total).
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
+
+    """
+    model_file = load_model_file(model)
+    problems = source.check()
+    if problems and not keep_going:
+        raise UserError('\n'.join([f'{source.name}: {len(problems)} problems:', *problems,
+                                   'Mend them, or leave those frames out with --keep-going.']))
+    frame_ids = list(source.frame_ids)[:limit]
+    recorder = Recorder(output, model_file.card, save_scores=save_scores)
+    with open_backend(model_file, backend, threads=threads) as device:
+        pipeline = Pipeline(device, settings)
+        for index, frame_id in enumerate(frame_ids):
+            try:
+                frame = source[index]
+                if index == 0:
+                    pipeline.warm_up(frame.image_rgb.shape[:2])
+                recorder.add(frame, answer_offline(pipeline, frame))
+            except (UserError, BadOutput) as error:
+                if not keep_going:
+                    kept = (f'\nThe scores of {recorder.frames} frames before it are kept in '
+                            f'{recorder.output / "scores"}; "anomaly-seg metrics" reads them.'
+                            if recorder.frames else '')
+                    raise UserError(f'frame {frame_id}: {error}{kept}') from error
+                problems.append(f'frame {frame_id}: {error}')
+            if progress is not None:
+                progress('frames', index + 1, len(frame_ids))
+        root = getattr(source, 'root', None)
+        run = RunInfo(model_file, source.name if root is None else f'{source.name} in {root}',
+                      device.describe(), pipeline.settings,
+                      {'problems': problems} if problems else {})
+    return recorder.finish(run, track=getattr(source, 'track', None), workers=workers,
+                           title=source.name, progress=progress)
+
+
+def answer_offline(pipeline: Pipeline, frame: Frame) -> Answer:
+    """Run the pipeline on a frame."""
+    detection = pipeline(frame.image_rgb)
+    return Answer(detection.labels, detection.anomaly, detection.mask, len(detection.obstacles),
+                  {**detection.stages_ms, 'end_to_end': sum(detection.stages_ms.values())})
+
+
+def percentiles(values_ms: Sequence[float]) -> dict[str, float]:
+    """Return p50, p95, p99 and max of latencies in milliseconds."""
+    p50, p95, p99 = (float(v) for v in np.percentile(values_ms, (50, 95, 99)))
+    return {'p50': p50, 'p95': p95, 'p99': p99, 'max': float(max(values_ms))}
+
+
+def write_per_frame(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write per_frame.csv; a figure that does not apply is empty."""
+    with atomic_write(path) as temporary, open(temporary, 'w', newline='') as stream:
+        writer = csv.DictWriter(stream, PER_FRAME_COLUMNS, restval='', extrasaction='raise')
+        writer.writeheader()
+        writer.writerows({k: '' if v is None else v for k, v in row.items()} for row in rows)
+
+
+def file_name(frame_id: str) -> str:
+    """Return a file name for a frame id, which may hold slashes."""
+    return frame_id.replace('%', '%25').replace('/', '%2F')
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide the figures."""
+    import onnxruntime
+    return {'anomaly_seg_ros': __version__, 'python': platform.python_version(),
+            'numpy': np.__version__, 'opencv': cv2.__version__,
+            'onnxruntime': onnxruntime.__version__}
+
+
+def machine() -> dict[str, Any]:
+    """Return processor, cores and system."""
+    name = platform.processor()
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.is_file():
+        names = [line.split(':', 1)[1].strip() for line in cpuinfo.read_text().splitlines()
+                 if line.startswith('model name')]
+        name = names[0] if names else name
+    return {'processor': name, 'cores': len(os.sched_getaffinity(0)),
+            'system': platform.platform()}
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with atomic_write(path) as temporary, open(temporary, 'wb') as stream:
+        np.save(stream, array, allow_pickle=False)
