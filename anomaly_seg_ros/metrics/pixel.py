@@ -59,6 +59,11 @@ def split_scores(scores: npt.NDArray[Any], mask: npt.NDArray[Any], frame_id: str
 
     """
     check_frame(scores, mask, frame_id)
+    return split_checked(scores, mask)
+
+
+def split_checked(scores: npt.NDArray[Any], mask: npt.NDArray[Any]) -> SplitScores:
+    """Sort by ground truth the scores of a frame that ``check_frame`` has passed."""
     positive, negative = mask == 1, mask == 0
     return SplitScores(_sorted(scores[positive]), _sorted(scores[negative]),
                        _sorted(scores[~(positive | negative)]))
@@ -70,8 +75,8 @@ def check_frame(scores: npt.NDArray[Any], mask: npt.NDArray[Any], frame_id: str)
         raise UserError(f'{frame_id}: scores must be float16, float32 or float64, got '
                         f'{scores.dtype}. Store the raw anomaly score, not a colour image.')
     if scores.shape != mask.shape:
-        raise UserError(f'{frame_id}: scores are {scores.shape} and the mask is {mask.shape}; both '
-                        'must have one size. Resize the scores to the mask before storing them.')
+        raise UserError(f'{frame_id}: scores are {scores.shape} and the mask is {mask.shape}; '
+                        'both must have one size. Resize the scores to the mask.')
     if not np.isfinite(scores).all():
         bad = int(np.count_nonzero(~np.isfinite(scores)))
         raise UserError(f'{frame_id}: {bad} of {scores.size} scores are NaN or infinite; every '
@@ -87,6 +92,13 @@ def _sorted(values: npt.NDArray[Any]) -> FloatArray:
     ordered: FloatArray = np.sort(values, axis=None)
     ordered += ordered.dtype.type(0)  # -0.0 becomes 0.0: equal scores, equal bits
     return ordered
+
+
+def count_sorted(ordered: FloatArray, edges: npt.NDArray[np.float64]) -> IntArray:
+    """Count sorted scores in [edge, next edge), the last bin closed, as np.histogram does."""
+    below = np.append(np.searchsorted(ordered, edges[:-1], 'left'),
+                      np.searchsorted(ordered, edges[-1], 'right'))
+    return np.diff(below)
 
 
 class PositiveScores:
