@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line ``anomaly-seg``: one small function a command, each a call into the core."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+import json
+import logging
+from pathlib import Path
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from anomaly_seg_ros import __version__
+from anomaly_seg_ros.errors import UserError
+
+CONSOLE = Console(stderr=True)
+OUT = Console()
+
+_FILE = click.Path(path_type=Path)
+_Command = Callable[..., Any]
+
+
+class SizeType(click.ParamType):
+    """An image size such as 512x1024: height x width in pixels."""
+
+    name = 'HxW'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return (height, width)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            height, width = (int(part) for part in str(value).lower().split('x'))
+        except ValueError:
+            self.fail(f'{value!r} is not a size such as 512x1024 (height x width)', param, ctx)
+        if height < 1 or width < 1:
+            self.fail(f'{value!r} is not a size: both must be positive', param, ctx)
+        return height, width
+
+
+def obstacle_options(function: _Command) -> _Command:
+    """Add the options that turn scores into obstacles."""
+    for option in (
+            click.option('--region', type=click.Choice(['everywhere', 'drivable']),
+                         default='everywhere', show_default=True,
+                         help='Keep obstacles everywhere, or only those that touch the hull of '
+                              'the drivable classes.'),
+            click.option('--minimum-area', 'minimum_area_px', type=click.IntRange(1), default=50,
+                         show_default=True, metavar='PIXELS',
+                         help='Drop components of fewer camera pixels.'),
+            click.option('--threshold', type=float,
+                         help='Anomalous when score >= this. Default: the card\'s threshold.')):
+        function = option(function)
+    return function
+
+
+def backend_options(function: _Command) -> _Command:
+    """Add the options that choose a device."""
+    for option in (
+            click.option('--threads', type=click.IntRange(0), default=0, show_default=True,
+                         help='Threads of the network; 0 takes every core allowed.'),
+            click.option('--backend', default='cpu', show_default=True,
+                         help='cpu, cuda, tensorrt, openvino, ... or auto.')):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 99})
+@click.version_option(__version__, prog_name='anomaly-seg')
+@click.option('-v', '--verbose', is_flag=True, help='Say more.')
+def cli(verbose: bool) -> None:
+    """Anomaly segmentation for ROS 2: what in this image does my network not know?"""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format='%(message)s',
+        handlers=[RichHandler(console=CONSOLE, show_path=False, show_time=False)])
+
+
+@cli.command()
+@click.option('--output', type=_FILE, default=Path('demo_output'), show_default=True,
+              help='Folder for bag, results, pictures and report.')
+@click.option('--frames', type=click.IntRange(2), default=60, show_default=True,
+              help='Length of the drive.')
+@click.option('--seed', type=int, default=2026, show_default=True, help='Seed of the drive.')
+@click.option('--model', type=_FILE, help='Model file. Default: the bundled one.')
+def demo(output: Path, frames: int, seed: int, model: Path | None) -> None:
+    """Synthetic drive -> bag -> the real node over DDS -> metrics, latency, report."""
+    from anomaly_seg_ros.demo import run_demo
+    with progress_bar() as progress:
+        result = run_demo(output, frames=frames, seed=seed, model=model, progress=progress)
+    print_metrics(result.metrics)
+    OUT.print(f'\nreport    {output / "report.html"}\npictures  {output / "pictures"}\n'
+              f'bag       {result.bag}\nresults   {output / "result_bag"}', highlight=False)
+
+
+@cli.command('export')
+@click.argument('network')
+@click.option('--weights', type=_FILE, required=True, help='State dict of the network.')
+@click.option('--score', default='max_logit', show_default=True,
+              help='Anomaly score fused in: msp, max_logit, entropy, energy.')
+@click.option('--input-size', 'input_size_hw', type=SizeType(), default='512x1024',
+              show_default=True, help='Height x width in pixels at which the network runs.')
+@click.option('--precision', type=click.Choice(['fp32', 'fp16']), default='fp32',
+              show_default=True, help='Arithmetic of the network\'s body.')
+@click.option('--temperature', type=click.FloatRange(0, min_open=True), default=1.0,
+              show_default=True, help='Divides the logits before the score.')
+@click.option('--threshold', type=float,
+              help='Decision threshold for the card. Default: provisional, from the frames.')
+@click.option('--frames', type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help='Folder of images to check the export on. Default: synthetic frames.')
+@click.option('--name', help='Name for the card. Default: NETWORK_SCORE.')
+@click.option('--output', type=_FILE, required=True, help='The .onnx file to write.')
+def export_command(network: str, weights: Path, score: str, input_size_hw: tuple[int, int],
+                   precision: str, temperature: float, threshold: float | None,
+                   frames: Path | None, name: str | None, output: Path) -> None:
+    """Export NETWORK with its score to one model file, kept only if it agrees with PyTorch."""
+    require('export', 'torch', 'onnx', 'onnxscript')
+    from anomaly_seg_ros.export import export_model, ExportRequest
+    from anomaly_seg_ros.datasets.media import ImageFolder
+
+    images = None if frames is None else (frame.image_rgb for frame in ImageFolder(frames))
+    with CONSOLE.status('exporting and comparing with PyTorch'):
+        card = export_model(
+            ExportRequest(network=network, weights=weights, score=score,
+                          input_size_hw=input_size_hw, precision=precision,
+                          temperature=temperature, threshold=threshold, name=name),
+            output, frames=images)
+    parity = card.parity
+    OUT.print(f'{output}: {card.network}, {card.score}, {card.precision}, input '
+              f'{input_size_hw[0]}x{input_size_hw[1]}', highlight=False)
+    OUT.print(f'against {parity["reference"]} on {parity["frames"]} frames: score error at most '
+              f'{parity["max_score_error"]:.1e}, labels differ on {parity["label_mismatch"]:.1e} '
+              'of the pixels', highlight=False)
+    OUT.print(f'threshold {card.threshold:.6g} ({card.threshold_source})', highlight=False)
+
+
+@cli.command()
+@click.argument('model', type=_FILE)
+@click.option('--json', 'as_json', is_flag=True, help='Print the card as JSON.')
+def inspect(model: Path, as_json: bool) -> None:
+    """Show the card of MODEL and its graph's inputs and outputs."""
+    from anomaly_seg_ros.backends import open_backend
+    from anomaly_seg_ros.model_file import load_model_file
+    model_file = load_model_file(model)
+    if as_json:
+        click.echo(json.dumps(json.loads(model_file.card.to_json()), indent=1))
+        return
+    table = Table(title=str(model), show_header=False)
+    for key, value in json.loads(model_file.card.to_json()).items():
+        if key == 'palette':
+            continue
+        table.add_row(key, ', '.join(map(str, value)) if isinstance(value, list) else str(value))
+    table.add_row('sha256', model_file.sha256)
+    with open_backend(model_file, 'cpu') as backend:
+        table.add_row('runs on', ', '.join(f'{k} {v}' for k, v in backend.describe().items()))
+    OUT.print(table)
+
+
+@cli.command('evaluate')
+@click.argument('model', type=_FILE)
+@click.option('--dataset', required=True, help='Name of the data set; "list" shows them.')
+@click.option('--root', type=_FILE, required=True, help='Its folder.')
+@click.option('--output', type=_FILE, required=True, help='Folder for the results.')
+@click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
+@click.option('--save-scores', is_flag=True, help='Keep score maps and masks as .npy.')
+@click.option('--keep-going', is_flag=True, help='Leave out bad frames and report the rest.')
+@click.option('--workers', type=click.IntRange(1), default=1, show_default=True,
+              help='Processes that compute the metrics.')
+@backend_options
+@obstacle_options
+def evaluate_command(model: Path, dataset: str, root: Path, output: Path, limit: int | None,
+                     save_scores: bool, keep_going: bool, workers: int, backend: str,
+                     threads: int, threshold: float | None, minimum_area_px: int,
+                     region: str) -> None:
+    """Run MODEL over a benchmark: metrics.json, per_frame.csv, report.html."""
+    from anomaly_seg_ros.datasets import open_dataset
+    from anomaly_seg_ros.evaluate import evaluate
+    source = open_dataset(dataset, root, **({'keep_going': True} if keep_going else {}))
+    settings = obstacle_settings(model, threshold, minimum_area_px, region)
+    with progress_bar() as progress:
+        metrics = evaluate(model, source, output, backend=backend, threads=threads,
+                           settings=settings, limit=limit, save_scores=save_scores,
+                           keep_going=keep_going, workers=workers, progress=progress)
+    print_metrics(metrics)
+    OUT.print(f'\n{output / "metrics.json"}', highlight=False)
+
+
+@cli.command('metrics')
+@click.argument('scores', type=_FILE)
+@click.argument('masks', type=_FILE)
+@click.option('--output', type=_FILE, required=True, help='Folder for the results.')
+@click.option('--track', type=click.Choice(['anomaly', 'obstacle']), default='anomaly',
+              show_default=True, help='Sizes of the component metrics.')
+@click.option('--workers', type=click.IntRange(1), default=1, show_default=True,
+              help='Processes.')
+@click.option('--keep-going', is_flag=True, help='Leave out bad frames and report the rest.')
+def metrics_command(scores: Path, masks: Path, output: Path, track: str, workers: int,
+                    keep_going: bool) -> None:
+    """Compute the metrics of stored score maps.
+
+    SCORES holds one <name>.npy (float, H x W) a frame, MASKS one <name>.png or .npy with 0
+    (in-distribution), 1 (anomaly) and 255 (void).
+    """
+    from anomaly_seg_ros.evaluate import metrics_of_stored
+    with progress_bar() as progress:
+        metrics = metrics_of_stored(scores, masks, output, track=track, workers=workers,
+                                    keep_going=keep_going, progress=progress)
+    print_metrics(metrics)
+    OUT.print(f'\n{output / "metrics.json"}', highlight=False)
+
+
+@cli.command('make-bag')
+@click.option('--dataset', help='Name of a data set.')
+@click.option('--root', type=_FILE, help='Folder of the data set.')
+@click.option('--images', type=_FILE, help='A folder of images.')
+@click.option('--video', type=_FILE, help='A video file.')
+@click.option('--output', type=_FILE, required=True, help='The bag folder to write.')
+@click.option('--rate', 'rate_hz', type=click.FloatRange(0, min_open=True), metavar='HZ',
+              help='Frames per second. Default: the source\'s own, else 10.')
+@click.option('--storage', type=click.Choice(['mcap', 'sqlite3']), default='mcap',
+              show_default=True, help='Storage format of the bag.')
+@click.option('--compressed', type=click.Choice(['jpeg', 'png']),
+              help='Write CompressedImage. JPEG changes pixels.')
+@click.option('--image-topic', default='/camera/image_raw', show_default=True,
+              help='Topic of the images.')
+@click.option('--overwrite', is_flag=True, help='Replace an existing bag.')
+def make_bag_command(dataset: str | None, root: Path | None, images: Path | None,
+                     video: Path | None, output: Path, rate_hz: float | None, storage: str,
+                     compressed: Any, image_topic: str, overwrite: bool) -> None:
+    """Record a data set, a folder of images or a video as a rosbag2, with its ground truth."""
+    from anomaly_seg_ros.bags import make_bag
+    from anomaly_seg_ros.datasets import open_dataset
+    from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
+    from anomaly_seg_ros.datasets.source import FrameSource
+
+    if sum(x is not None for x in (dataset, images, video)) != 1:
+        raise click.UsageError('give exactly one of --dataset, --images and --video')
+    source: FrameSource
+    if dataset is not None:
+        if root is None:
+            raise click.UsageError('--dataset needs --root')
+        source = open_dataset(dataset, root)
+    elif images is not None:
+        source = ImageFolder(images)
+    else:
+        assert video is not None
+        source = VideoFile(video)
+    with CONSOLE.status(f'writing {output}'):
+        summary = make_bag(source, output, rate_hz=rate_hz, storage=storage,
+                           compressed=compressed, image_topic=image_topic, overwrite=overwrite)
+    OUT.print(f'{summary.path}: {summary}', highlight=False)
+
+
+@cli.command('replay')
+@click.argument('bag', type=_FILE)
+@click.option('--model', type=_FILE, help='Model file. Default: the bundled one.')
+@click.option('--output', type=_FILE, required=True, help='Folder for the results.')
+@click.option('--through-node', is_flag=True, help='Through the live node, over DDS.')
+@click.option('--realtime', is_flag=True,
+              help='With --through-node: at the bag\'s own pace; drops are counted.')
+@click.option('--image-topic', help='Topic of the images. Default: the only one.')
+@click.option('--ground-truth-topic', help='Topic of the anomaly masks (mono8: 0, 1, 255).')
+@click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
+@click.option('--save-scores', is_flag=True, help='Keep score maps and masks as .npy.')
+@click.option('--track', type=click.Choice(['anomaly', 'obstacle']), default='anomaly',
+              show_default=True, help='Sizes of the component metrics.')
+@click.option('--storage', type=click.Choice(['mcap', 'sqlite3']), default='mcap',
+              show_default=True, help='Storage format of the result bag.')
+@click.option('--result-topics', metavar='LIST',
+              default='image,labels,anomaly,anomaly_u8,obstacle_mask,overlay', show_default=True,
+              help='What the result bag holds; "none" writes no result bag.')
+@backend_options
+@obstacle_options
+def replay_command(bag: Path, model: Path | None, output: Path, through_node: bool,
+                   realtime: bool, image_topic: str | None, ground_truth_topic: str | None,
+                   limit: int | None, save_scores: bool, track: str, storage: str,
+                   result_topics: str, backend: str, threads: int, threshold: float | None,
+                   minimum_area_px: int, region: str) -> None:
+    """Run every frame of BAG through the pipeline or the live node; score and record it."""
+    from anomaly_seg_ros.replay import replay, ReplayOptions
+    model = bundled_model() if model is None else model
+    topics = () if result_topics == 'none' else tuple(result_topics.split(','))
+    options = ReplayOptions(
+        backend=backend, threads=threads, through_node=through_node, realtime=realtime,
+        settings=obstacle_settings(model, threshold, minimum_area_px, region),
+        image_topic=image_topic, ground_truth_topic=ground_truth_topic, limit=limit,
+        save_scores=save_scores, storage=storage, result_topics=topics, track=track)
+    with progress_bar() as progress:
+        metrics = replay(bag, model, output, options, progress=progress)
+    print_metrics(metrics)
+    OUT.print(f'\n{output / "metrics.json"}', highlight=False)
+
+
+def bundled_model() -> Path:
+    """Return the path of the bundled model."""
+    from anomaly_seg_ros.resources import resource
+    return resource('models/demo.onnx')
+
+
+def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int,
+                      region: str) -> Any:
+    """Return the settings, with the card's threshold where none is given."""
+    from anomaly_seg_ros.model_file import load_model_file
+    from anomaly_seg_ros.obstacles import ObstacleSettings
+    if threshold is None:
+        threshold = load_model_file(model).card.threshold
+    return ObstacleSettings(threshold, minimum_area_px, region)
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Print the headline figures as a table."""
+    from anomaly_seg_ros.report import summary_table
+    table = Table(show_header=False)
+    for name, value in summary_table(metrics):
+        table.add_row(name, value)
+    OUT.print(table)
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise UserError unless the modules of an extra are installed."""
+    import importlib.util
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'this command needs {", ".join(missing)}: '
+                        f'pip install "anomaly_seg_ros[{extra}]"')
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (what, done, total) that draws one bar for each ``what``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn
+    with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+                  TimeRemainingColumn(), console=CONSOLE) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def main() -> None:
+    """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage."""
+    try:
+        cli.main(prog_name='anomaly-seg', standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        CONSOLE.print('stopped')
+        sys.exit(1)
+    except UserError as error:
+        CONSOLE.print(f'error: {error}', style='red', highlight=False, markup=False,
+                      soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
