@@ -13,6 +13,7 @@ import numpy as np
 
 # Outline of an obstacle: a bright line on a black one, seen on any background.
 OUTLINE_RGB = (255, 255, 255)
+_HEAT_OPACITY = 0.8
 _BLOCK_PIXELS = 1 << 16  # 256 KiB of float32
 
 
@@ -137,11 +138,16 @@ def overlay(image_rgb: np.ndarray, labels: np.ndarray, anomaly: np.ndarray, mask
     result = _checked_out(out, labels, 3)
     picture = np.empty(image_rgb.shape, np.uint8) if result is None else result
     for rows in _row_blocks(image_rgb.shape[:2]):
-        part, found = picture[rows], mask[rows]
+        part = picture[rows]
         colour_labels(labels[rows], palette, part)
-        if cv2.countNonZero(found):
-            cv2.copyTo(heat_map(anomaly_u8(anomaly[rows], score_range)), found, part)
         cv2.addWeighted(part, opacity, image_rgb[rows], 1.0 - opacity, 0.0, dst=part)
+        x, y, width, height = cv2.boundingRect(mask[rows])
+        if width:
+            box = (slice(rows.start + y, rows.start + y + height), slice(x, x + width))
+            heat = heat_map(anomaly_u8(anomaly[box], score_range))
+            cv2.addWeighted(heat, _HEAT_OPACITY, image_rgb[box], 1.0 - _HEAT_OPACITY, 0.0,
+                            dst=heat)
+            picture[box] = cv2.copyTo(heat, mask[box], picture[box])
     draw_outlines(picture, mask)
     return picture
 
@@ -172,6 +178,141 @@ def draw_outlines(picture: np.ndarray, mask: np.ndarray,
         border = cv2.morphologyEx(region, cv2.MORPH_GRADIENT, kernel)
         inner = slice(rows.start - wide.start, rows.stop - wide.start)
         cv2.copyTo(cv2.applyColorMap(region[inner], table), border[inner], picture[rows])
+
+
+def panel(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 2,
+          cell_width: int = 800) -> np.ndarray:
+    """Lay pictures of one frame side by side, each under its title.
+
+    Parameters
+    ----------
+    pictures
+        uint8 (H, W, 3) RGB or (H, W) grey, of any sizes.
+    titles
+        One line of ASCII text for each picture.
+    columns
+        Pictures in a row.
+    cell_width
+        Width of each picture in pixels; its shape is kept.
+
+    Returns
+    -------
+    picture
+        uint8 (H, W, 3) RGB, white where there is no picture.
+
+    """
+    if not pictures or len(pictures) != len(titles):
+        raise ValueError(f'need one title for each of at least one picture, got {len(pictures)} '
+                         f'pictures and {len(titles)} titles')
+    if columns < 1 or cell_width < 16:
+        raise ValueError('columns must be at least 1 and cell_width at least 16, got '
+                         f'{columns} and {cell_width}')
+    cells = [_cell(picture, title, cell_width)
+             for picture, title in zip(pictures, titles, strict=True)]
+    gap = max(4, cell_width // 100)
+    rows = []
+    for first in range(0, len(cells), columns):
+        row = cells[first:first + columns]
+        height = max(len(cell) for cell in row)
+        full = np.full((height + gap, columns * (cell_width + gap) - gap, 3), 255, np.uint8)
+        for i, cell in enumerate(row):
+            left = i * (cell_width + gap)
+            full[:len(cell), left:left + cell_width] = cell
+        rows.append(full)
+    return np.vstack(rows)[:-gap]
+
+
+def legend(classes: Sequence[str], palette: Sequence[Sequence[int]], columns: int = 4,
+           width: int = 800) -> np.ndarray:
+    """Draw the names of classes beside their colours.
+
+    Parameters
+    ----------
+    classes, palette
+        Names and RGB colours.
+    columns
+        Names in a row.
+    width
+        Width of the picture in pixels.
+
+    Returns
+    -------
+    picture
+        uint8 (H, width, 3) RGB on white.
+
+    """
+    if not classes or len(classes) != len(palette):
+        raise ValueError(f'need one colour for each of at least one class, got {len(classes)} '
+                         f'classes and {len(palette)} colours')
+    line, cell = 26, width // columns
+    picture = np.full((line * -(-len(classes) // columns), width, 3), 255, np.uint8)
+    for i, (name, colour) in enumerate(zip(classes, palette, strict=True)):
+        x, y = i % columns * cell, i // columns * line
+        cv2.rectangle(picture, (x + 4, y + 5), (x + 26, y + 20),
+                      tuple(int(v) for v in colour), cv2.FILLED)
+        _write(picture, name, (x + 34, y + 18), 0.5, cell - 38)
+    return picture
+
+
+def colour_bar(score_range: tuple[float, float], threshold: float | None = None,
+               width: int = 800) -> np.ndarray:
+    """Draw the scale of ``heat_map``, with the decision threshold where one is given.
+
+    Parameters
+    ----------
+    score_range
+        (low, high) as in ``anomaly_u8``.
+    threshold
+        Score from which a pixel is anomalous; marked if inside the range.
+    width
+        Width of the picture in pixels.
+
+    Returns
+    -------
+    picture
+        uint8 (48, width, 3) RGB on white.
+
+    """
+    low, high = score_range
+    ramp = np.linspace(low, high, width, dtype=np.float32)[None].repeat(20, 0)
+    picture = np.full((48, width, 3), 255, np.uint8)
+    picture[:20] = heat_map(anomaly_u8(ramp, score_range))
+    texts = [(low, f'{low:.3g}'), (high, f'{high:.3g}')]
+    if threshold is not None and low <= threshold <= high:
+        texts.append((threshold, f'threshold {threshold:.3g}'))
+        x = round((threshold - low) / (high - low) * (width - 1))
+        cv2.line(picture, (x, 0), (x, 26), (0, 0, 0), 3)
+        cv2.line(picture, (x, 0), (x, 26), OUTLINE_RGB, 1)
+    for value, text in texts:
+        (length, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)
+        centre = round((value - low) / (high - low) * (width - 1))
+        _write(picture, text, (min(max(0, centre - length // 2), width - length), 42), 0.5, length)
+    return picture
+
+
+def _cell(picture: np.ndarray, title: str, width: int) -> np.ndarray:
+    """Return one picture at ``width`` with its title above, uint8 (H, width, 3)."""
+    if picture.ndim == 2:
+        _check(picture, 'picture', np.uint8)
+        picture = cv2.cvtColor(picture, cv2.COLOR_GRAY2RGB)
+    _check(picture, 'picture', np.uint8, channels=3)
+    height = max(1, round(picture.shape[0] * width / picture.shape[1]))
+    shrinks = width < picture.shape[1]
+    picture = cv2.resize(picture, (width, height),
+                         interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    size = width / 1000
+    bar = np.full((round(48 * size) + 8, width, 3), 255, np.uint8)
+    _write(bar, title, (2, len(bar) - round(14 * size) - 2), max(0.4, size), width - 4)
+    return np.vstack([bar, picture])
+
+
+def _write(picture: np.ndarray, text: str, origin_xy: tuple[int, int], size: float,
+           room: int) -> None:
+    """Write one line of dark text, smaller where it would be wider than ``room`` pixels."""
+    (length, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
+    size *= min(1.0, room / max(1, length))
+    cv2.putText(picture, text, origin_xy, cv2.FONT_HERSHEY_SIMPLEX, size, (32, 32, 32),
+                2 if size > 0.7 else 1, cv2.LINE_AA)
 
 
 def _row_blocks(size_hw: tuple[int, ...]) -> Iterator[slice]:
