@@ -53,7 +53,7 @@ def obstacle_options(function: _Command) -> _Command:
                          show_default=True, metavar='PIXELS',
                          help='Drop components of fewer camera pixels.'),
             click.option('--threshold', type=float,
-                         help='Anomalous when score >= this. Default: the card\'s threshold.')):
+                         help='Anomalous when score >= this. Default: the threshold in the card.')):
         function = option(function)
     return function
 
@@ -73,7 +73,7 @@ def backend_options(function: _Command) -> _Command:
 @click.version_option(__version__, prog_name='anomaly-seg')
 @click.option('-v', '--verbose', is_flag=True, help='Say more.')
 def cli(verbose: bool) -> None:
-    """Anomaly segmentation for ROS 2: what in this image does my network not know?"""
+    """Anomaly segmentation for ROS 2: what in this image the network does not know."""
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format='%(message)s',
         handlers=[RichHandler(console=CONSOLE, show_path=False, show_time=False)])
@@ -104,7 +104,7 @@ def demo(output: Path, frames: int, seed: int, model: Path | None) -> None:
 @click.option('--input-size', 'input_size_hw', type=SizeType(), default='512x1024',
               show_default=True, help='Height x width in pixels at which the network runs.')
 @click.option('--precision', type=click.Choice(['fp32', 'fp16']), default='fp32',
-              show_default=True, help='Arithmetic of the network\'s body.')
+              show_default=True, help='Arithmetic inside the network.')
 @click.option('--temperature', type=click.FloatRange(0, min_open=True), default=1.0,
               show_default=True, help='Divides the logits before the score.')
 @click.option('--threshold', type=float,
@@ -199,7 +199,8 @@ def evaluate_command(model: Path, dataset: str, root: Path, output: Path, limit:
 @click.option('--keep-going', is_flag=True, help='Leave out bad frames and report the rest.')
 def metrics_command(scores: Path, masks: Path, output: Path, track: str, workers: int,
                     keep_going: bool) -> None:
-    """Compute the metrics of stored score maps.
+    """
+    Compute the metrics of stored score maps.
 
     SCORES holds one <name>.npy (float, H x W) a frame, MASKS one <name>.png or .npy with 0
     (in-distribution), 1 (anomaly) and 255 (void).
@@ -219,7 +220,7 @@ def metrics_command(scores: Path, masks: Path, output: Path, track: str, workers
 @click.option('--video', type=_FILE, help='A video file.')
 @click.option('--output', type=_FILE, required=True, help='The bag folder to write.')
 @click.option('--rate', 'rate_hz', type=click.FloatRange(0, min_open=True), metavar='HZ',
-              help='Frames per second. Default: the source\'s own, else 10.')
+              help='Frames per second. Default: that of the source, else 10.')
 @click.option('--storage', type=click.Choice(['mcap', 'sqlite3']), default='mcap',
               show_default=True, help='Storage format of the bag.')
 @click.option('--compressed', type=click.Choice(['jpeg', 'png']),
@@ -260,7 +261,7 @@ def make_bag_command(dataset: str | None, root: Path | None, images: Path | None
 @click.option('--output', type=_FILE, required=True, help='Folder for the results.')
 @click.option('--through-node', is_flag=True, help='Through the live node, over DDS.')
 @click.option('--realtime', is_flag=True,
-              help='With --through-node: at the bag\'s own pace; drops are counted.')
+              help='With --through-node: at the pace of the bag; drops are counted.')
 @click.option('--image-topic', help='Topic of the images. Default: the only one.')
 @click.option('--ground-truth-topic', help='Topic of the anomaly masks (mono8: 0, 1, 255).')
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')

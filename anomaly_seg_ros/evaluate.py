@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From answers and ground truth to metrics.json, per_frame.csv and report.html.
+"""
+From answers and ground truth to metrics.json, per_frame.csv and report.html.
 
 ``Recorder`` takes one answer after another, wherever it comes from (the pipeline on a data set or
 a bag, or the live node), stores scores and masks as files, and computes the metrics from those
@@ -17,7 +18,7 @@ import platform
 import shutil
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -25,10 +26,11 @@ import numpy as np
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.datasets.frame import Frame
+from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write, atomic_write_text
 from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
-from anomaly_seg_ros.metrics.stored import score_metrics, StoredScores
+from anomaly_seg_ros.metrics.stored import FrameRow, score_metrics, StoredScores
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
@@ -45,28 +47,10 @@ _PICTURE_WIDTH = 640
 Progress = Callable[[str, int, int], None]
 
 
-class FrameSource(Protocol):
-    """What an evaluation needs of a data set."""
-
-    name: str
-
-    @property
-    def frame_ids(self) -> Sequence[str]:
-        """Names of the frames, in order."""
-        ...
-
-    def __getitem__(self, index: int) -> Frame:
-        """Read one frame; raises UserError that names the file."""
-        ...
-
-    def check(self) -> list[str]:
-        """List what is wrong with the files without reading all pixels."""
-        ...
-
-
 @dataclass(frozen=True)
 class Answer:
-    """What one frame gave, at the camera's resolution.
+    """
+    What one frame gave, at the camera's resolution.
 
     Attributes
     ----------
@@ -88,7 +72,8 @@ class Answer:
 
 @dataclass
 class RunInfo:
-    """What was run, for the ``run`` part of metrics.json.
+    """
+    What was run, for the ``run`` part of metrics.json.
 
     Attributes
     ----------
@@ -123,7 +108,8 @@ class RunInfo:
 
 
 class Recorder:
-    """Keeps what each frame gave and turns it into result files.
+    """
+    Keeps what each frame gave and turns it into result files.
 
     Scores (float32 ``.npy``), masks and thumbnails go to disk as they come, so memory does not
     grow with the number of frames and a run that breaks off loses nothing: the scores stay under
@@ -217,12 +203,10 @@ class Recorder:
             StoredScores(self._scores, self._masks), track=track, workers=workers,
             progress=None if progress is None else
             (lambda done, total: progress('metrics', done, total)))
-        by_name = {row['frame_id']: row for row in result.per_frame}
+        own = {row.frame_id: _frame_columns(row) for row in result.per_frame}
         for row in self._rows:
-            row.update({key: value for key, value in
-                        by_name.get(file_name(row['frame_id']), {}).items()
-                        if key in PER_FRAME_COLUMNS and key != 'frame_id'})
-        return dict(result.as_json()), result.curves
+            row.update(own.get(file_name(row['frame_id']), {}))
+        return result.as_json(), result.curves
 
     def _segmentation(self) -> dict[str, Any]:
         if self._confusion is None:
@@ -279,7 +263,8 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
              backend: str = 'cpu', threads: int = 0, settings: ObstacleSettings | None = None,
              limit: int | None = None, save_scores: bool = False, keep_going: bool = False,
              workers: int = 1, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a model over a data set and write metrics.json, per_frame.csv and report.html.
+    """
+    Run a model over a data set and write metrics.json, per_frame.csv and report.html.
 
     Parameters
     ----------
@@ -335,8 +320,7 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
                 problems.append(f'frame {frame_id}: {error}')
             if progress is not None:
                 progress('frames', index + 1, len(frame_ids))
-        root = getattr(source, 'root', None)
-        run = RunInfo(model_file, source.name if root is None else f'{source.name} in {root}',
+        run = RunInfo(model_file, f'{source.name} in {source.root}',
                       device.describe(), pipeline.settings,
                       {'problems': problems} if problems else {})
     return recorder.finish(run, track=getattr(source, 'track', None), workers=workers,
@@ -348,6 +332,48 @@ def answer_offline(pipeline: Pipeline, frame: Frame) -> Answer:
     detection = pipeline(frame.image_rgb)
     return Answer(detection.labels, detection.anomaly, detection.mask, len(detection.obstacles),
                   {**detection.stages_ms, 'end_to_end': sum(detection.stages_ms.values())})
+
+
+def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str, *,
+                      track: str | None = 'anomaly', workers: int = 1, keep_going: bool = False,
+                      ray: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
+    """
+    Compute the metrics of stored score maps and write them as ``evaluate`` does.
+
+    Parameters
+    ----------
+    scores, masks
+        Folders of ``<name>.npy`` and ``<name>.png`` or ``.npy``, see ``StoredScores``.
+    output
+        Folder for metrics.json and per_frame.csv.
+    track, workers, keep_going, ray
+        As in ``score_metrics``.
+    progress
+        Called with (what, done, total).
+
+    Returns
+    -------
+    dict
+        The content of metrics.json.
+
+    """
+    result = score_metrics(StoredScores(scores, masks), track=track, workers=workers,
+                           keep_going=keep_going, ray=ray,
+                           progress=None if progress is None else
+                           (lambda done, total: progress('metrics', done, total)))
+    metrics = result.as_json()
+    metrics['segmentation'] = {'miou': None, 'accuracy': None, 'iou_by_class': None,
+                               'reason': 'score maps hold no labels'}
+    metrics['latency_ms'] = None
+    metrics['run'] = {
+        'data': f'{scores} with {masks}', 'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
+        'versions': versions(), 'machine': machine(), 'problems': list(result.skipped),
+        'finished': time.strftime('%Y-%m-%dT%H:%M:%S%z')}
+    output = Path(output)
+    write_per_frame(output / 'per_frame.csv', [
+        {'frame_id': row.frame_id, **_frame_columns(row)} for row in result.per_frame])
+    atomic_write_text(output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
+    return metrics
 
 
 def percentiles(values_ms: Sequence[float]) -> dict[str, float]:
@@ -362,6 +388,12 @@ def write_per_frame(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(stream, PER_FRAME_COLUMNS, restval='', extrasaction='raise')
         writer.writeheader()
         writer.writerows({k: '' if v is None else v for k, v in row.items()} for row in rows)
+
+
+def _frame_columns(row: FrameRow) -> dict[str, Any]:
+    return {'pixels': row.pixels, 'positives': row.positives,
+            'average_precision': row.average_precision, 'fpr95': row.fpr95, 'auroc': row.auroc,
+            'best_f1': row.best_f1}
 
 
 def file_name(frame_id: str) -> str:

@@ -13,7 +13,8 @@ from anomaly_seg_ros.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; rename it to ``path`` when the block succeeds.
+    """
+    Give a temporary path beside ``path``; rename it to ``path`` when the block succeeds.
 
     The temporary file is removed when the block raises, so ``path`` is never half-written and an
     older ``path`` stays as it was.

@@ -21,7 +21,8 @@ RESULT_TOPICS = ('image', 'labels', 'anomaly', 'anomaly_u8', 'obstacle_mask', 'o
 
 @dataclass(frozen=True)
 class ReplayOptions:
-    """How a bag is replayed.
+    """
+    How a bag is replayed.
 
     Attributes
     ----------
@@ -68,7 +69,8 @@ class ReplayOptions:
 def replay(bag: Path | str, model: Path | str, output: Path | str,
            options: ReplayOptions | None = None,
            progress: Progress | None = None) -> dict[str, Any]:
-    """Answer every frame of a bag; write metrics.json, per_frame.csv, report.html, result_bag.
+    """
+    Answer every frame of a bag; write metrics.json, per_frame.csv, report.html, result_bag.
 
     Returns the content of metrics.json. Offline the result is deterministic, and equal to
     ``evaluate`` on the frames that the bag was made from; through the node it is equal too, as

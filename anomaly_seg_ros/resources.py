@@ -11,7 +11,8 @@ PACKAGE = 'anomaly_seg_ros'
 
 
 def resource(name: str) -> Path:
-    """Return the path of a shipped file such as ``models/demo.onnx`` or ``config/fastdds.xml``.
+    """
+    Return the path of a shipped file such as ``models/demo.onnx`` or ``config/fastdds.xml``.
 
     Looked for in the source checkout (editable installs), then in each ROS prefix, then in the
     Python environment's ``share``.

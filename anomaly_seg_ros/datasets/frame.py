@@ -8,7 +8,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Frame:
-    """An image and its ground truth.
+    """
+    An image and its ground truth.
 
     Attributes
     ----------
