@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives through synthetic worlds, and single scenes of many worlds for training."""
+
+from collections.abc import Iterator
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomaly_seg_ros.datasets.frame import Frame
+from anomaly_seg_ros.synthetic.camera import Pose
+from anomaly_seg_ros.synthetic.obstacles import make_obstacle
+from anomaly_seg_ros.synthetic.render import make_view, render
+from anomaly_seg_ros.synthetic.world import Item, make_world, World
+
+# House fronts, trees and people of training scenes; drives use the banks above.
+TRAINING_BANK = 0
+_TEST_BANKS = 50
+
+
+class SyntheticDrive:
+    """A drive through a synthetic world, as a data set of frames.
+
+    Frame i is a function of the seed, the size, and i alone: reading frames in any order gives the
+    same bits as reading all of them. Labels are Cityscapes train ids, 255 on obstacles and where
+    no class fits. Masks are 0 in-distribution, 1 obstacle, 255 void (the pixels next to one).
+
+    Parameters
+    ----------
+    seed
+        Any integer from 0. Worlds of drives share no house front, tree or person with training.
+    frames
+        How many frames.
+    size_hw
+        Height and width in pixels; the width is best 16 / 9 of the height.
+    anomalies
+        Whether obstacles lie on and beside the road; without, masks are all 0.
+    rate_hz
+        Frames per second of the drive's time.
+    weather
+        One of ``world.WEATHERS``; drawn from the seed when None.
+
+    Raises
+    ------
+    ValueError
+        For a negative seed, fewer than one frame, a size under 64 x 64, or a rate not above 0.
+
+    """
+
+    def __init__(self, seed: int, frames: int = 60, size_hw: tuple[int, int] = (720, 1280),
+                 anomalies: bool = True, rate_hz: float = 10.0,
+                 weather: str | None = None) -> None:
+        if seed < 0:
+            raise ValueError(f'seed must be 0 or more, got {seed}')
+        if frames < 1:
+            raise ValueError(f'frames must be 1 or more, got {frames}')
+        if min(size_hw) < 64:
+            raise ValueError(f'size_hw must be at least 64 x 64, got {size_hw}')
+        if not rate_hz > 0:
+            raise ValueError(f'rate_hz must be above 0, got {rate_hz}')
+        self.name = f'synthetic_{seed}'
+        self.root: Path | None = None
+        self.seed = seed
+        self.size_hw = (int(size_hw[0]), int(size_hw[1]))
+        self.anomalies = anomalies
+        self.rate_hz = rate_hz
+        self.frame_ids = [f'{k:06d}' for k in range(frames)]
+        rng = np.random.default_rng([seed, 1])
+        self._speed = float(rng.uniform(6.5, 10.5))
+        length = frames / rate_hz * self._speed + 200.0
+        self.world = make_world(rng, length, weather, bank=_TEST_BANKS + seed % 1000,
+                                speed_mps=self._speed)
+        # One width of road whatever the number of lanes: drive in the rightmost.
+        self._lane = max(self.world.lanes)
+        self._height, self._focal = float(rng.uniform(1.35, 1.65)), float(rng.uniform(0.75, 0.9))
+        self._horizon = float(rng.uniform(0.43, 0.5))
+        self._phases = rng.uniform(0, 2 * math.pi, 8)
+        self._duration = frames / rate_hz
+        self.obstacles: tuple[Item, ...] = ()
+        if anomalies:
+            self.obstacles = _place_obstacles(np.random.default_rng([seed, 2]), self.world, length)
+            self.world = _with_obstacles(self.world, self.obstacles, self._duration)
+
+    def __len__(self) -> int:
+        """Return the number of frames."""
+        return len(self.frame_ids)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Yield every frame in order."""
+        return (self[k] for k in range(len(self)))
+
+    def pose(self, time_s: float) -> Pose:
+        """Return the camera's pose at a time."""
+        s = 5.0 + self._speed * time_s
+        d = self._path(s)
+        ahead = (self._path(s + 1.0) - self._path(s - 1.0)) / 2.0
+        wave = np.sin(self._phases + time_s * np.array((0.9, 1.7, 5.1, 9.7, 1.1, 7.3, 2.3, 0.6)))
+        return Pose(s, d + 0.08 * float(wave[0]), self._height + 0.012 * float(wave[3]),
+                    math.atan(ahead) + 0.006 * float(wave[1]) + 0.004 * float(wave[7]),
+                    0.0035 * float(wave[2]) + 0.002 * float(wave[3]),
+                    0.006 * float(wave[4]) + 0.0015 * float(wave[5]))
+
+    def _path(self, s: float) -> float:
+        """Return where across the road the camera drives, giving way to obstacles."""
+        d = self._lane
+        for item in self.obstacles:
+            gap = item.d - self._lane
+            need = 1.5 + item.size[1] / 2
+            if abs(gap) < need:
+                away = -1.0 if gap >= 0 else 1.0
+                d += away * (need - abs(gap)) * math.exp(-((s - item.s) / 9.0) ** 2)
+        return d
+
+    def __getitem__(self, index: int) -> Frame:
+        """Paint frame ``index``; negative indices count from the end."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'frame {index} of {len(self)}')
+        index %= len(self)
+        time_s = index / self.rate_hz
+        view = make_view(self.world, self.pose(time_s), self.size_hw, self._focal, self._horizon)
+        image, labels, mask = render(self.world, view, time_s, (self.seed, index))
+        return Frame(self.frame_ids[index], image, mask, labels, round(time_s * 1e9))
+
+
+def _place_obstacles(rng: np.random.Generator, world: World, length_m: float
+                     ) -> tuple[Item, ...]:
+    low, high = world.kerbs_d
+    items = []
+    s = rng.uniform(16, 24)
+    while s < length_m - 60:
+        place = rng.random()
+        if place < 0.7:
+            d = rng.uniform(low + 1.0, high - 1.0)
+        elif place < 0.85:
+            d = high + rng.uniform(-0.6, 1.4)
+        else:
+            d = low + rng.uniform(-1.4, 0.6)
+        items.append(make_obstacle(rng, float(s), float(d)))
+        s += rng.uniform(7, 16)
+    return tuple(items)
+
+
+def _with_obstacles(world: World, obstacles: tuple[Item, ...], duration_s: float) -> World:
+    """Add obstacles, and take away the vehicles and people that would run into one."""
+    def free(item: Item) -> bool:
+        if item.kind not in ('vehicle', 'person', 'signal', 'sign', 'lamp', 'tree', 'delineator'):
+            return True
+        reach = 6.0 if item.kind == 'vehicle' else 0.8
+        start, end = sorted((item.s, item.at(duration_s)))
+        return not any(start - reach < o.s < end + reach and abs(o.d - item.d)
+                       < (1.1 if item.kind == 'vehicle' else 0.5) + o.size[1] / 2
+                       for o in obstacles)
+
+    kept = tuple(item for item in world.items if free(item))
+    return World(world.heading_s, world.heading_rad, world.ground, world.light, kept + obstacles,
+                 world.decals, world.skyline, world.skyline_label, world.lanes,
+                 world.lane_width_m, world.kerbs_d, world.style)
+
+
+def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
+    """Paint one moment of a world of its own, for training; it never holds an obstacle.
+
+    The camera's height, tilt, focal length and place in the road vary more than in a drive.
+    The result is a function of the arguments alone.
+    """
+    if seed < 0:
+        raise ValueError(f'seed must be 0 or more, got {seed}')
+    rng = np.random.default_rng([seed, 3])
+    world = make_world(rng, 190.0, bank=TRAINING_BANK)
+    low, high = world.kerbs_d
+    d = rng.uniform(low + 1.5, high - 1.5) if rng.random() < 0.4 else (
+        max(world.lanes) + rng.normal(0, 0.6))
+    pose = Pose(float(rng.uniform(2, 40)), float(d), float(rng.uniform(1.2, 1.9)),
+                float(rng.normal(0, 0.05)), float(rng.normal(0, 0.015)),
+                float(rng.normal(0, 0.010)))
+    view = make_view(world, pose, size_hw, float(rng.uniform(0.68, 0.98)),
+                     float(rng.uniform(0.40, 0.54)))
+    image, labels, mask = render(world, view, float(rng.uniform(0, 2)), (seed,))
+    return Frame(f'{seed:09d}', image, mask, labels)
