@@ -53,7 +53,7 @@ def obstacle_options(function: _Command) -> _Command:
                          show_default=True, metavar='PIXELS',
                          help='Drop components of fewer camera pixels.'),
             click.option('--threshold', type=float,
-                         help='Anomalous when score >= this. Default: the threshold in the card.')):
+                         help='Anomalous when score >= this. Default: that of the card.')):
         function = option(function)
     return function
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from anomaly_seg_ros.bags import BagReader, make_bag, read_bag
 from anomaly_seg_ros.evaluate import Progress
-from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.replay import replay, ReplayOptions
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.synthetic import SyntheticDrive
@@ -51,7 +50,6 @@ def run_demo(output: Path | str, *, frames: int = 60, seed: int = 2026,
     metrics = replay(bag, model, output, ReplayOptions(through_node=True), progress=progress)
     results = read_bag(output / 'result_bag', image_topic='/anomaly_seg/output/overlay')
     write_pictures(results, output / 'pictures')
-    load_model_file(model)
     return DemoResult(bag, metrics)
 
 

@@ -161,8 +161,8 @@ class Recorder:
             self._scored.append(name)
         if frame.labels is not None:
             if self._confusion is None:
-                self._confusion = ConfusionMatrix(len(self._card.classes))
-            self._confusion.update(answer.labels, frame.labels)
+                self._confusion = ConfusionMatrix(self._card.classes)
+            self._confusion.update(answer.labels, frame.labels, frame.frame_id)
         self._rows.append({
             'frame_id': frame.frame_id, 'width': width, 'height': height,
             'score_mean': float(cv2.mean(answer.anomaly)[0]),
@@ -212,7 +212,7 @@ class Recorder:
         if self._confusion is None:
             return {'miou': None, 'accuracy': None, 'iou_by_class': None,
                     'reason': 'no frame has ground-truth labels'}
-        return dict(self._confusion.as_json(self._card.classes))
+        return asdict(self._confusion.result())
 
     def _keep_thumbnail(self, name: str, frame: Frame, answer: Answer) -> None:
         height, width = frame.image_rgb.shape[:2]
@@ -221,14 +221,14 @@ class Recorder:
         def small(image: np.ndarray, interpolation: int) -> np.ndarray:
             return cv2.resize(image, size, interpolation=interpolation)
 
-        truth = {} if frame.anomaly_mask is None else {
-            'truth': small(frame.anomaly_mask, cv2.INTER_NEAREST)}
-        # The brightest score of each block, so that a small anomaly stays visible.
+        arrays = {'image': small(frame.image_rgb, cv2.INTER_AREA),
+                  'labels': small(answer.labels, cv2.INTER_NEAREST),
+                  'anomaly': small(answer.anomaly, cv2.INTER_AREA),
+                  'mask': small(answer.mask, cv2.INTER_NEAREST)}
+        if frame.anomaly_mask is not None:
+            arrays['truth'] = small(frame.anomaly_mask, cv2.INTER_NEAREST)
         with atomic_write(self._thumbnails / f'{name}.npz') as path, open(path, 'wb') as stream:
-            np.savez(stream, image=small(frame.image_rgb, cv2.INTER_AREA),
-                     labels=small(answer.labels, cv2.INTER_NEAREST),
-                     anomaly=small(answer.anomaly, cv2.INTER_AREA),
-                     mask=small(answer.mask, cv2.INTER_NEAREST), **truth)
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
 
     def _write_report(self, metrics: dict[str, Any], curves: Any, title: str) -> None:
         """Write report.html where the extra ``report`` is installed; else say how to get it."""
