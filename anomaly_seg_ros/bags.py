@@ -127,6 +127,8 @@ def make_bag(source: FrameSource, output: Path | str, *, rate_hz: float | None =
         Frames per second; None takes the source's own rate, else 10.
     storage
         ``mcap`` or ``sqlite3``.
+    image_topic, ground_truth_topic, labels_topic
+        Where images, anomaly masks and labels go.
     frame_id
         Coordinate frame in the image headers.
     start_ns
@@ -610,7 +612,8 @@ class _BagWriter:
 @contextmanager
 def _new_bag(path: Path, storage: str, overwrite: bool, notes: dict[str, str],
              keep_incomplete: bool = False) -> Iterator[_BagWriter]:
-    """Write a bag beside ``path`` and move it there when the block succeeds.
+    """
+    Write a bag beside ``path`` and move it there when the block succeeds.
 
     ``notes`` go into the bag's custom metadata.
     """

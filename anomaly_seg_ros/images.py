@@ -39,7 +39,8 @@ class ImageMessage(Protocol):
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A colour image ready for the pipeline.
+    """
+    A colour image ready for the pipeline.
 
     Attributes
     ----------
