@@ -185,7 +185,7 @@ class ComponentCounts:
 
 
 def _label(binary: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
-    """Number the 8-connected components of a boolean map from 1; int32, 0 = background."""
+    """Give each 8-connected component a number from 1; int32, 0 = background."""
     ids: npt.NDArray[Any] = cv2.connectedComponents(binary.view(np.uint8), connectivity=8)[1]
     return ids
 
