@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures for people: class colours, heat maps, overlays and panels. RGB throughout.
+"""
+Pictures for people: class colours, heat maps, overlays and panels. RGB throughout.
 
 The functions that the node calls on every frame take ``out`` and allocate no frame-sized array
 when it is given.
@@ -19,7 +20,8 @@ _BLOCK_PIXELS = 1 << 16  # 256 KiB of float32
 
 def colour_labels(labels: np.ndarray, palette: Sequence[Sequence[int]],
                   out: np.ndarray | None = None) -> np.ndarray:
-    """Paint class ids in their colours.
+    """
+    Paint class ids in their colours.
 
     Parameters
     ----------
@@ -45,7 +47,8 @@ def colour_labels(labels: np.ndarray, palette: Sequence[Sequence[int]],
 
 def anomaly_u8(anomaly: np.ndarray, score_range: tuple[float, float],
                out: np.ndarray | None = None) -> np.ndarray:
-    """Map a score to 0..255 by a fixed range, so that a value means the same in every frame.
+    """
+    Map a score to 0..255 by a fixed range, so that a value means the same in every frame.
 
     Parameters
     ----------
@@ -78,7 +81,8 @@ def anomaly_u8(anomaly: np.ndarray, score_range: tuple[float, float],
 
 
 def heat_map(scaled: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Colour the result of ``anomaly_u8``: black, purple, orange, pale yellow.
+    """
+    Colour the result of ``anomaly_u8``: black, purple, orange, pale yellow.
 
     The colours are matplotlib's "inferno": lightness grows evenly with the value, so the picture
     also reads in grey and with colour-blind eyes.
@@ -105,7 +109,8 @@ def heat_map(scaled: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 def overlay(image_rgb: np.ndarray, labels: np.ndarray, anomaly: np.ndarray, mask: np.ndarray,
             palette: Sequence[Sequence[int]], score_range: tuple[float, float],
             opacity: float = 0.5, out: np.ndarray | None = None) -> np.ndarray:
-    """Draw one detection on its image: class colours, heat on obstacles, obstacle outlines.
+    """
+    Draw one detection on its image: class colours, heat on obstacles, obstacle outlines.
 
     Parameters
     ----------
@@ -154,7 +159,8 @@ def overlay(image_rgb: np.ndarray, labels: np.ndarray, anomaly: np.ndarray, mask
 
 def draw_outlines(picture: np.ndarray, mask: np.ndarray,
                   colour: tuple[int, int, int] = OUTLINE_RGB) -> None:
-    """Draw the borders of a mask's regions into a picture, in place.
+    """
+    Draw the borders of a mask's regions into a picture, in place.
 
     Parameters
     ----------
@@ -182,7 +188,8 @@ def draw_outlines(picture: np.ndarray, mask: np.ndarray,
 
 def panel(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 2,
           cell_width: int = 800) -> np.ndarray:
-    """Lay pictures of one frame side by side, each under its title.
+    """
+    Lay pictures of one frame side by side, each under its title.
 
     Parameters
     ----------
@@ -224,7 +231,8 @@ def panel(pictures: Sequence[np.ndarray], titles: Sequence[str], columns: int = 
 
 def legend(classes: Sequence[str], palette: Sequence[Sequence[int]], columns: int = 4,
            width: int = 800) -> np.ndarray:
-    """Draw the names of classes beside their colours.
+    """
+    Draw the names of classes beside their colours.
 
     Parameters
     ----------
@@ -256,7 +264,8 @@ def legend(classes: Sequence[str], palette: Sequence[Sequence[int]], columns: in
 
 def colour_bar(score_range: tuple[float, float], threshold: float | None = None,
                width: int = 800) -> np.ndarray:
-    """Draw the scale of ``heat_map``, with the decision threshold where one is given.
+    """
+    Draw the scale of ``heat_map``, with the decision threshold where one is given.
 
     Parameters
     ----------
