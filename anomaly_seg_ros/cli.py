@@ -164,6 +164,11 @@ def inspect(model: Path, as_json: bool) -> None:
 @click.option('--dataset', required=True, help='Name of the data set; "list" shows them.')
 @click.option('--root', type=_FILE, required=True, help='Its folder.')
 @click.option('--output', type=_FILE, required=True, help='Folder for the results.')
+@click.option('--split', help='Split of the data set. Default: the first that is there.')
+@click.option('--option', 'options', multiple=True, metavar='KEY=VALUE',
+              help='Further options of the data set, such as weather=fog (acdc).')
+@click.option('--track', type=click.Choice(['anomaly', 'obstacle']),
+              help='Sizes of the component metrics. Default: those of the data set.')
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
 @click.option('--save-scores', is_flag=True, help='Keep score maps and masks as .npy.')
 @click.option('--keep-going', is_flag=True, help='Leave out bad frames and report the rest.')
@@ -171,19 +176,20 @@ def inspect(model: Path, as_json: bool) -> None:
               help='Processes that compute the metrics.')
 @backend_options
 @obstacle_options
-def evaluate_command(model: Path, dataset: str, root: Path, output: Path, limit: int | None,
+def evaluate_command(model: Path, dataset: str, root: Path, output: Path, split: str | None,
+                     options: tuple[str, ...], track: str | None, limit: int | None,
                      save_scores: bool, keep_going: bool, workers: int, backend: str,
                      threads: int, threshold: float | None, minimum_area_px: int,
                      region: str) -> None:
     """Run MODEL over a benchmark: metrics.json, per_frame.csv, report.html."""
-    from anomaly_seg_ros.datasets import open_dataset
     from anomaly_seg_ros.evaluate import evaluate
-    source = open_dataset(dataset, root, **({'keep_going': True} if keep_going else {}))
+    source = dataset_source(dataset, root, split, options, keep_going=keep_going)
     settings = obstacle_settings(model, threshold, minimum_area_px, region)
     with progress_bar() as progress:
         metrics = evaluate(model, source, output, backend=backend, threads=threads,
                            settings=settings, limit=limit, save_scores=save_scores,
-                           keep_going=keep_going, workers=workers, progress=progress)
+                           keep_going=keep_going, track=track, workers=workers,
+                           progress=progress)
     print_metrics(metrics)
     OUT.print(f'\n{output / "metrics.json"}', highlight=False)
 
@@ -216,6 +222,9 @@ def metrics_command(scores: Path, masks: Path, output: Path, track: str, workers
 @cli.command('make-bag')
 @click.option('--dataset', help='Name of a data set.')
 @click.option('--root', type=_FILE, help='Folder of the data set.')
+@click.option('--split', help='Split of the data set. Default: the first that is there.')
+@click.option('--option', 'options', multiple=True, metavar='KEY=VALUE',
+              help='Further options of the data set.')
 @click.option('--images', type=_FILE, help='A folder of images.')
 @click.option('--video', type=_FILE, help='A video file.')
 @click.option('--output', type=_FILE, required=True, help='The bag folder to write.')
@@ -228,12 +237,12 @@ def metrics_command(scores: Path, masks: Path, output: Path, track: str, workers
 @click.option('--image-topic', default='/camera/image_raw', show_default=True,
               help='Topic of the images.')
 @click.option('--overwrite', is_flag=True, help='Replace an existing bag.')
-def make_bag_command(dataset: str | None, root: Path | None, images: Path | None,
-                     video: Path | None, output: Path, rate_hz: float | None, storage: str,
-                     compressed: Any, image_topic: str, overwrite: bool) -> None:
+def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
+                     options: tuple[str, ...], images: Path | None, video: Path | None,
+                     output: Path, rate_hz: float | None, storage: str, compressed: Any,
+                     image_topic: str, overwrite: bool) -> None:
     """Record a data set, a folder of images or a video as a rosbag2, with its ground truth."""
     from anomaly_seg_ros.bags import make_bag
-    from anomaly_seg_ros.datasets import open_dataset
     from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
     from anomaly_seg_ros.datasets.source import FrameSource
 
@@ -243,7 +252,7 @@ def make_bag_command(dataset: str | None, root: Path | None, images: Path | None
     if dataset is not None:
         if root is None:
             raise click.UsageError('--dataset needs --root')
-        source = open_dataset(dataset, root)
+        source = dataset_source(dataset, root, split, options)
     elif images is not None:
         source = ImageFolder(images)
     else:
@@ -299,6 +308,28 @@ def bundled_model() -> Path:
     """Return the path of the bundled model."""
     from anomaly_seg_ros.resources import resource
     return resource('models/demo.onnx')
+
+
+def dataset_source(name: str, root: Path, split: str | None, options: tuple[str, ...],
+                   keep_going: bool = False) -> Any:
+    """Open a data set with the options of the command line."""
+    from anomaly_seg_ros.datasets import DATASETS, open_dataset
+    given: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition('=')
+        if not equals:
+            raise click.UsageError(f'--option takes KEY=VALUE, got {option!r}')
+        given[key] = value
+    if split is not None:
+        given['split'] = split
+    if keep_going:
+        given['keep_going'] = True
+    try:
+        return open_dataset(name, root, **given)
+    except TypeError as error:
+        if name in DATASETS and 'unexpected keyword' in str(error):
+            raise UserError(f'{name} has no such option ({error})') from error
+        raise
 
 
 def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int,

@@ -262,7 +262,8 @@ class Recorder:
 def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
              backend: str = 'cpu', threads: int = 0, settings: ObstacleSettings | None = None,
              limit: int | None = None, save_scores: bool = False, keep_going: bool = False,
-             workers: int = 1, progress: Progress | None = None) -> dict[str, Any]:
+             track: str | None = None, workers: int = 1,
+             progress: Progress | None = None) -> dict[str, Any]:
     """
     Run a model over a data set and write metrics.json, per_frame.csv and report.html.
 
@@ -285,6 +286,8 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
     keep_going
         Leave out frames that cannot be read or answered, and report the rest; without it the
         first problem ends the run.
+    track
+        Component metrics of the ``anomaly`` or ``obstacle`` track; default: the data set's own.
     workers
         Processes that compute the metrics.
     progress
@@ -297,7 +300,8 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
 
     """
     model_file = load_model_file(model)
-    problems = source.check()
+    # Under keep_going each bad frame is met, and named, when its turn comes.
+    problems = list(source.problems) if keep_going else source.check()
     if problems and not keep_going:
         raise UserError('\n'.join([f'{source.name}: {len(problems)} problems:', *problems,
                                    'Mend them, or leave those frames out with --keep-going.']))
@@ -323,7 +327,7 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
         run = RunInfo(model_file, f'{source.name} in {source.root}',
                       device.describe(), pipeline.settings,
                       {'problems': problems} if problems else {})
-    return recorder.finish(run, track=getattr(source, 'track', None), workers=workers,
+    return recorder.finish(run, track=track or source.track, workers=workers,
                            title=source.name, progress=progress)
 
 

@@ -26,6 +26,7 @@ class FsLostAndFound(PairedDataset):
     """
 
     name = 'fs_lost_and_found'
+    track = 'obstacle'
     source = ('https://fishyscapes.com/dataset (fishyscapes_lostandfound.zip) and the '
               'Lost & Found data set (leftImg8bit.zip)')
     layouts = (

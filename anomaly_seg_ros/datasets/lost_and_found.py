@@ -57,6 +57,7 @@ class LostAndFound(PairedDataset):
     """Lost & Found: 1 road, 2 to 200 obstacles, the rest void."""
 
     name = 'lost_and_found'
+    track = 'obstacle'
     source = ('http://wwwlehre.dhbw-stuttgart.de/~sgehrig/lostAndFoundDataset (leftImg8bit.zip, '
               'gtCoarse.zip)')
     splits = ('test_no_known', 'test', 'train', 'fishyscapes')

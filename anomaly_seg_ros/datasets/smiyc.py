@@ -50,6 +50,7 @@ class RoadObstacle21(_Track):
     """
 
     name = 'road_obstacle_21'
+    track = 'obstacle'
     source = 'https://segmentmeifyoucan.com/datasets (dataset_ObstacleTrack)'
     nested = ('dataset_ObstacleTrack',)
     splits = ('validation', 'test', 'night', 'snowstorm', 'all')

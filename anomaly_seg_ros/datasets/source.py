@@ -20,6 +20,8 @@ class FrameSource(ABC):
     rate_hz: float | None = None
     #: What was left out, one sentence each; empty unless opened with ``keep_going``.
     problems: tuple[str, ...] = ()
+    #: Component sizes by which it is scored: ``anomaly`` or ``obstacle`` (SegmentMeIfYouCan).
+    track: str = 'anomaly'
 
     @property
     @abstractmethod

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation from frames to files, against the pipeline and scikit-learn directly."""
+
+import csv
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.datasets import open_dataset
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.evaluate import evaluate, metrics_of_stored, percentiles
+from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.pipeline import Pipeline
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+
+def pooled(model: Path, root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return all non-void scores and truths of a benchmark, straight from the pipeline."""
+    scores, truths = [], []
+    with open_backend(load_model_file(model)) as backend:
+        pipeline = Pipeline(backend)
+        for frame in open_dataset('road_anomaly_21', root):
+            anomaly = pipeline(frame.image_rgb).anomaly
+            valid = frame.anomaly_mask != 255
+            scores.append(anomaly[valid].copy())
+            truths.append(frame.anomaly_mask[valid])
+    return np.concatenate(scores), np.concatenate(truths)
+
+
+def test_figures_equal_scikit_learn(tiny_model: Path, small_benchmark: Path,
+                                    tmp_path: Path) -> None:
+    """AP and AUROC of the written metrics.json are scikit-learn's on the same pixels."""
+    metrics = evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark),
+                       tmp_path / 'out')
+    scores, truths = pooled(tiny_model, small_benchmark)
+    written = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    assert written == json.loads(json.dumps(metrics))
+    assert written['pixel']['average_precision'] == pytest.approx(
+        average_precision_score(truths, scores), abs=1e-12)
+    assert written['pixel']['auroc'] == pytest.approx(roc_auc_score(truths, scores), abs=1e-12)
+    assert written['pixel']['pixels'] == len(truths)
+    assert written['pixel']['positives'] == int(truths.sum())
+    assert written['run']['model_sha256'] == load_model_file(tiny_model).sha256
+    with open(tmp_path / 'out' / 'per_frame.csv') as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row['frame_id'] for row in rows] == ['0', '1', '2', '3', '4']
+    assert sum(int(row['positives']) for row in rows) == int(truths.sum())
+    assert (tmp_path / 'out' / 'report.html').stat().st_size > 10_000
+    assert not (tmp_path / 'out' / 'scores').exists()
+
+
+def test_saved_scores_give_the_same_figures(tiny_model: Path, small_benchmark: Path,
+                                            tmp_path: Path) -> None:
+    """``metrics`` on the scores that ``evaluate`` kept gives the bits that it reported."""
+    metrics = evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark),
+                       tmp_path / 'out', save_scores=True)
+    again = metrics_of_stored(tmp_path / 'out' / 'scores', tmp_path / 'out' / 'masks',
+                              tmp_path / 'again')
+    for part in ('pixel', 'components', 'compat'):
+        assert again[part] == metrics[part]
+
+
+def test_bad_frame_ends_the_run_but_keeps_what_was_computed(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """A truncated image in the middle: its name, the place of the scores, no metrics.json."""
+    victim = small_benchmark / 'images' / '3.png'
+    victim.write_bytes(victim.read_bytes()[:200])
+    with pytest.raises(UserError, match=r'3\.png(.|\n)*kept in') as caught:
+        evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out')
+    kept = sorted(path.name for path in (tmp_path / 'out' / 'scores').iterdir())
+    assert kept == ['0.npy', '1.npy', '2.npy'], caught.value
+    assert not (tmp_path / 'out' / 'metrics.json').exists()
+
+
+def test_keep_going_reports_the_rest_and_names_the_bad(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """With keep_going the good frames are scored and metrics.json lists the bad one."""
+    victim = small_benchmark / 'images' / '3.png'
+    victim.write_bytes(victim.read_bytes()[:200])
+    metrics = evaluate(tiny_model,
+                       open_dataset('road_anomaly_21', small_benchmark, keep_going=True),
+                       tmp_path / 'out', keep_going=True)
+    assert metrics['latency_ms']['frames'] == 4
+    assert len(metrics['run']['problems']) == 1
+    assert '3.png' in metrics['run']['problems'][0]
+
+
+def test_mask_of_another_size_is_never_scored(tiny_model: Path, small_benchmark: Path,
+                                              tmp_path: Path) -> None:
+    """A mask that does not lie on its image ends the run with its name."""
+    import cv2
+    cv2.imwrite(str(small_benchmark / 'labels_masks' / '2.png'), np.zeros((10, 10), np.uint8))
+    with pytest.raises(UserError, match=r'2\.png'):
+        evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out')
+    assert not (tmp_path / 'out' / 'metrics.json').exists()
+
+
+def test_full_disk_names_the_file_and_keeps_the_rest(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the disk fills up at the fourth score map, three whole ones stay."""
+    real_save = np.save
+    calls = []
+
+    def save(stream: Any, array: np.ndarray, **options: Any) -> None:
+        calls.append(stream)
+        if len(calls) > 6:  # two arrays a frame
+            stream.write(b'half of it')
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        real_save(stream, array, **options)
+
+    monkeypatch.setattr(np, 'save', save)
+    with pytest.raises(UserError, match=r'No space left(.|\n)*Free disk space'):
+        evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out')
+    kept = sorted((tmp_path / 'out' / 'scores').iterdir())
+    assert [path.name for path in kept] == ['0.npy', '1.npy', '2.npy']
+    for path in kept:
+        assert np.load(path).dtype == np.float32
+
+
+def test_percentiles_are_numpys() -> None:
+    """p50, p95, p99 and max of 1..1000 ms."""
+    values = [float(v) for v in range(1, 1001)]
+    assert percentiles(values) == {'p50': 500.5, 'p95': pytest.approx(950.05),
+                                   'p99': pytest.approx(990.01), 'max': 1000.0}
+
+
+def test_erfnet_reaches_the_published_level(real_data: Path, tmp_path: Path) -> None:
+    """Real weights, real frames: AP on RoadAnomaly21 within 0.01 of the reference figure."""
+    from anomaly_seg_ros.export import export_model, ExportRequest
+    root = real_data / 'anomaly' / 'road_anomaly_21'
+    source = open_dataset('road_anomaly_21', root)
+    weights = real_data / 'weights' / 'erfnet_cityscapes_20ch.pth'
+    for score, expected in (('max_logit', 0.399), ('msp', 0.293)):
+        model = tmp_path / f'{score}.onnx'
+        export_model(ExportRequest('erfnet', weights, score), model,
+                     frames=[source[0].image_rgb])
+        metrics = evaluate(model, source, tmp_path / score)
+        assert metrics['pixel']['average_precision'] == pytest.approx(expected, abs=0.01)
+    cityscapes = evaluate(tmp_path / 'max_logit.onnx',
+                          open_dataset('cityscapes', real_data / 'cityscapes', split='train'),
+                          tmp_path / 'cityscapes')
+    assert cityscapes['segmentation']['accuracy'] >= 0.96
