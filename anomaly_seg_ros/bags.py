@@ -6,10 +6,12 @@ Ground truth travels as mono8 images on topics of its own and carries the header
 image that it belongs to; a small String topic carries the data set's frame names.
 """
 
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 import json
 from pathlib import Path
 import shutil
@@ -58,7 +60,7 @@ _INFINITE = QosTime(9223372036, 854775807)
 _QOS = Qos(QosHistory.KEEP_LAST, 10, QosReliability.RELIABLE, QosDurability.VOLATILE, _INFINITE,
            _INFINITE, QosLiveliness.AUTOMATIC, _INFINITE, False)
 # Messages that may wait for their partner before they are fetched from the file instead.
-_MAX_WAITING = 16
+_MAX_WAITING = 8
 _ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
 
 
@@ -151,6 +153,9 @@ def make_bag(source: FrameSource, output: Path | str, *, rate_hz: float | None =
         rate_hz = source.rate_hz or DEFAULT_RATE_HZ
     if not 0 < rate_hz <= _NS:
         raise ValueError(f'rate_hz must be in (0, 1e9], got {rate_hz}')
+    if not 0 <= start_ns <= 2 ** 31 * _NS - len(source) * _NS / rate_hz:
+        raise ValueError('start_ns must be 0 or more and leave all stamps below 2**31 s (the '
+                         f'range of ROS time), got {start_ns}')
     if compressed not in (None, 'jpeg', 'png'):
         raise ValueError(f'compressed must be None, jpeg or png, got {compressed!r}')
     if not len(source):
@@ -306,23 +311,23 @@ class BagReader(FrameSource):
         if not self.root.exists():
             raise UserError(f'{path}: no such bag. Give a rosbag2 folder, an .mcap or a .db3 '
                             'file.')
+        self._names: dict[int, str] = {}
         with self._reading() as reader:
             #: Topic -> message type of everything in the bag.
             self.topics = {c.topic: _full_type(c.msgtype) for c in reader.connections}
+            #: Number of messages of all topics.
             self.message_count = reader.message_count
             self._check_definitions(reader.connections)
-        self._truth = {kind: _Topic(name, _IMAGE) for kind, name in (
-            ('anomaly_mask', self._truth_topic(ground_truth_topic, GROUND_TRUTH_TOPIC)),
-            ('labels', self._truth_topic(labels_topic, LABELS_TOPIC))) if name is not None}
-        image_topic = self._choose_image_topic(image_topic)
-        self._images = _Topic(image_topic, self.topics[image_topic])
-        self._names: dict[int, str] = {}
-        self._index()
-        if len(self._images.log_time_ns) > 1:
-            stamps = list(self._images.log_time_ns)
-            span_ns = max(stamps) - min(stamps)
-            self.rate_hz = (len(stamps) - 1) * _NS / span_ns
+            self._truth = {kind: _Topic(name, _IMAGE) for kind, name in (
+                ('anomaly_mask', self._truth_topic(ground_truth_topic, GROUND_TRUTH_TOPIC)),
+                ('labels', self._truth_topic(labels_topic, LABELS_TOPIC))) if name is not None}
+            image_topic = self._choose_image_topic(image_topic)
+            self._images = _Topic(image_topic, self.topics[image_topic])
+            self._index(reader)
         self._stamps = list(self._images.log_time_ns)
+        if len(self._stamps) > 1:
+            span_ns = max(self._stamps) - min(self._stamps)
+            self.rate_hz = (len(self._stamps) - 1) * _NS / span_ns
         self._frame_ids = [self._names.get(stamp, f'{index:06d}')
                            for index, stamp in enumerate(self._stamps)]
         if len(set(self._frame_ids)) < len(self._frame_ids):
@@ -363,32 +368,42 @@ class BagReader(FrameSource):
         return self._frame(index % len(self), raw, truth)
 
     def __iter__(self) -> Iterator[BagFrame]:
-        """Read all frames in the order of the bag."""
-        by_topic = {topic.name: kind for kind, topic in self._truth.items()}
+        """
+        Read all frames in the order of the bag.
+
+        Images wait for their ground truth, wherever it is: what follows shortly is waited for,
+        what is further away is fetched by its time in the bag, so few messages are held.
+        """
+        kinds = {topic.name: kind for kind, topic in self._truth.items()}
         truth: dict[tuple[str, int], bytes] = {}
-        waiting: list[tuple[int, bytes]] = []
-        topics = [self._images, *self._truth.values()]
+        waiting: deque[tuple[int, bytes]] = deque()
         index = 0
-        with self._reading() as reader, self._reading() as fetcher:
-            for connection, _, raw in self._messages(reader, topics):
-                stamp = _header_stamp_ns(raw)
-                if connection.topic == self._images.name:
-                    waiting.append((stamp, raw))
-                elif len(truth) < _MAX_WAITING:
-                    truth[by_topic[connection.topic], stamp] = raw
+        with ExitStack() as stack:
+            reader = stack.enter_context(self._reading())
+            fetcher: Reader | None = None
+            messages = self._messages(reader, [self._images, *self._truth.values()])
+            for message in chain(messages, [None]):
+                if message is not None:
+                    connection, now_ns, raw = message
+                    if connection.topic == self._images.name:
+                        waiting.append((_header_stamp_ns(raw), raw))
+                    elif len(truth) < _MAX_WAITING:
+                        truth[kinds[connection.topic], _header_stamp_ns(raw)] = raw
                 while waiting:
                     stamp, image = waiting[0]
                     wanted = [kind for kind, topic in self._truth.items()
                               if stamp in topic.log_time_ns]
                     missing = [kind for kind in wanted if (kind, stamp) not in truth]
-                    last = index + len(waiting) == len(self)
-                    if missing and len(waiting) <= _MAX_WAITING and not last:
+                    may_come = message is not None and len(waiting) <= _MAX_WAITING and all(
+                        self._truth[kind].log_time_ns[stamp] >= now_ns for kind in missing)
+                    if missing and may_come:
                         break
                     for kind in missing:
+                        fetcher = fetcher or stack.enter_context(self._reading())
                         truth[kind, stamp] = self._fetch(fetcher, self._truth[kind], stamp)
+                    waiting.popleft()
                     yield self._frame(index, image,
                                       {kind: truth.pop((kind, stamp)) for kind in wanted})
-                    waiting.pop(0)
                     index += 1
 
     def _choose_image_topic(self, wanted: str | None) -> str:
@@ -433,34 +448,33 @@ class BagReader(FrameSource):
                 raise UserError(f'{self.root}: {connection.topic} has another definition of '
                                 f'{kind} than ROS 2. Convert the bag with ros2 bag convert.')
 
-    def _index(self) -> None:
+    def _index(self, reader: Reader) -> None:
         """Read every header stamp once; raise where frames and ground truth do not fit."""
         topics = {topic.name: topic for topic in (self._images, *self._truth.values())}
         expected: dict[str, int] = dict.fromkeys(topics, 0)
         seen: dict[str, int] = dict.fromkeys(topics, 0)
-        with self._reading() as reader:
-            names = [_Topic(FRAME_TOPIC, _STRING)] if self.topics.get(FRAME_TOPIC) == _STRING \
-                else []
-            for connection in reader.connections:
-                if connection.topic in expected:
-                    expected[connection.topic] += connection.msgcount
-            for connection, log_ns, raw in self._messages(reader, [*topics.values(), *names]):
-                if connection.topic == FRAME_TOPIC:
-                    self._read_name(raw)
-                    continue
-                topic = topics[connection.topic]
-                seen[topic.name] += 1
-                if len(raw) < 16:
-                    raise UserError(f'{self.root}: message {seen[topic.name] - 1} of {topic.name} '
-                                    f'has only {len(raw)} bytes. The bag is damaged; record it '
-                                    'again.')
-                stamp = _header_stamp_ns(raw)
-                if stamp in topic.log_time_ns:
-                    raise UserError(
-                        f'{self.root}: {topic.name} has two messages with the stamp {stamp} ns '
-                        f'(message {seen[topic.name] - 1}), so results cannot be told apart. '
-                        'Make the publisher stamp every frame.')
-                topic.log_time_ns[stamp] = log_ns
+        names = [_Topic(FRAME_TOPIC, _STRING)] if self.topics.get(FRAME_TOPIC) == _STRING \
+            else []
+        for connection in reader.connections:
+            if connection.topic in expected:
+                expected[connection.topic] += connection.msgcount
+        for connection, log_ns, raw in self._messages(reader, [*topics.values(), *names]):
+            if connection.topic == FRAME_TOPIC:
+                self._read_name(raw)
+                continue
+            topic = topics[connection.topic]
+            seen[topic.name] += 1
+            if len(raw) < 16:
+                raise UserError(f'{self.root}: message {seen[topic.name] - 1} of {topic.name} '
+                                f'has only {len(raw)} bytes. The bag is damaged; record it '
+                                'again.')
+            stamp = _header_stamp_ns(raw)
+            if stamp in topic.log_time_ns:
+                raise UserError(
+                    f'{self.root}: {topic.name} has two messages with the stamp {stamp} ns '
+                    f'(message {seen[topic.name] - 1}), so results cannot be told apart. '
+                    'Make the publisher stamp every frame.')
+            topic.log_time_ns[stamp] = log_ns
         for name, count in expected.items():
             if seen[name] != count:
                 raise UserError(f'{self.root}: {name} should have {count} messages, found '
@@ -560,6 +574,8 @@ class BagReader(FrameSource):
         try:
             if reader is None:
                 raise ValueError('neither a folder with metadata.yaml nor an .mcap or .db3 file')
+            for path in self.root.glob('*.db3') if self.root.is_dir() else (self.root,):
+                _check_whole(path)
             reader.open()
         except Exception as error:
             raise self._unreadable(error) from error
@@ -587,7 +603,6 @@ class _BagWriter:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._connections: dict[str, Connection] = {}
-        self._last_ns: dict[str, int] = {}
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -600,11 +615,6 @@ class _BagWriter:
         return self._connections[name]
 
     def write(self, connection: Connection, stamp_ns: int, message: Any) -> None:
-        last_ns = self._last_ns.get(connection.topic)
-        if last_ns is not None and stamp_ns <= last_ns:
-            raise UserError(f'{connection.topic}: stamps must rise, got {stamp_ns} ns after '
-                            f'{last_ns} ns. Give a lower rate or correct the stamps.')
-        self._last_ns[connection.topic] = stamp_ns
         self._writer.write(connection, stamp_ns,
                            _typestore().serialize_cdr(message, connection.msgtype))
 
@@ -646,7 +656,8 @@ def _new_bag(path: Path, storage: str, overwrite: bool, notes: dict[str, str],
                     writer.close()
                     _move(folder, path.with_name(path.name + '.incomplete'))
                 else:
-                    writer.abort()
+                    with suppress(Exception):
+                        writer.abort()
                 raise
             writer.close()
             _move(folder, path)
@@ -671,6 +682,28 @@ def _cannot_write(path: Path, error: Exception) -> UserError:
     detail = getattr(error, 'strerror', None) or error
     return UserError(f'{path}: the bag cannot be written ({detail}). Free disk space or choose '
                      'another folder.')
+
+
+def _check_whole(path: Path) -> None:
+    """
+    Raise ValueError where an SQLite file lacks pages; SQLite reads a cut last page as zeros.
+
+    See https://sqlite.org/fileformat2.html, section 1.3.
+    """
+    if path.suffix != '.db3':
+        return
+    log = path.with_name(path.name + '-wal')
+    if log.exists() and log.stat().st_size:
+        raise ValueError(f'{log.name} holds messages that are not yet in the bag')
+    with open(path, 'rb') as stream:
+        head = stream.read(100)
+    if len(head) < 100:
+        raise ValueError(f'{path.name} has only {len(head)} bytes')
+    page_size = int.from_bytes(head[16:18], 'big')
+    pages = int.from_bytes(head[28:32], 'big')
+    expected = (65536 if page_size == 1 else page_size) * pages
+    if head[24:28] == head[92:96] and path.stat().st_size < expected:
+        raise ValueError(f'{path.name} has {path.stat().st_size} of {expected} bytes')
 
 
 def _full_type(msgtype: str) -> str:

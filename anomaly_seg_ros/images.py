@@ -280,7 +280,7 @@ def encoded_size_hw(data: bytes) -> tuple[int, int]:
             raise BadImage(f'JPEG of {len(data)} bytes has no end marker. {remedy}')
         return _jpeg_size_hw(np.frombuffer(data, np.uint8))
     if data[:8] == b'\x89PNG\r\n\x1a\n':
-        if data.rfind(b'IEND') < 0:
+        if data.rfind(b'IEND\xaeB`\x82') < 0:
             raise BadImage(f'PNG of {len(data)} bytes has no end chunk. {remedy}')
         width, height = struct.unpack_from('>II', data, 16)
         return height, width

@@ -9,7 +9,6 @@ others void. Label tables: AutoNUE/public-code, helpers/anue_labels.py.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from anomaly_seg_ros.datasets.paired import Codes, IMAGE, Layout, PairedDataset
@@ -86,8 +85,7 @@ class Idd(PairedDataset):
                             'apart. Make masks with createLabels.py --id-type id.')
         train = _LEVEL3_TRAIN if level3 else _ID_TRAIN
         everything = dict.fromkeys([*range(26 if level3 else 40), 255], 255)
-        self._codes = replace(
-            Codes(),
+        self._codes = Codes(
             anomaly={**everything, **dict.fromkeys(train, 0),
                      **{code: 1 for name in unknown for code in groups[name]}},
             labels={**everything, **train})

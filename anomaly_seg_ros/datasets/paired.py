@@ -265,6 +265,12 @@ class PairedDataset(FrameSource):
                        key=natural_key)
         more = f' and {len(there) - _SHOWN} more' if len(there) > _SHOWN else ''
         wanted = f' with the split {split}' if split else ''
+        others = [other for other in self.splits if other != split and split is not None
+                  and any(self._try(self.root, layout, other) for layout in self.layouts
+                          if not layout.splits or other in layout.splits)]
+        if others:
+            raise UserError(f'{self.root}: no {self.name}{wanted} here, but '
+                            f'{", ".join(others)}. Choose another split or download this one.')
         origin = f' It comes from {self.source}.' if self.source else ''
         raise UserError(
             f'{self.root}: no {self.name}{wanted} here. Looked for\n  {looked}\n'

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image messages: every encoding against rosbags-image, and messages that cannot be right."""
+
+import array
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from rosbags.image import message_to_cvimage
+
+from anomaly_seg_ros import images
+from anomaly_seg_ros.images import (
+    BadImage, decode_compressed, encoded_size_hw, ENCODINGS, image_from_message,
+    mask_from_message, message_array, message_data)
+
+BYTES_A_PIXEL = {'rgb8': 3, 'bgr8': 3, '8UC3': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1,
+                 'yuv422': 2, 'uyvy': 2, 'yuv422_yuy2': 2, 'yuyv': 2, 'rgb16': 6, 'bgr16': 6,
+                 'rgba16': 8, 'bgra16': 8, 'mono16': 2}
+
+
+def make_message(encoding: str, height: int = 12, width: int = 16, *, padding: int = 0,
+                 is_bigendian: int = 0, seed: int = 0) -> SimpleNamespace:
+    """Return a message with random pixels, ``padding`` bytes after each row."""
+    pixel = BYTES_A_PIXEL.get(encoding) or (2 if encoding.endswith('16') else 1)
+    step = width * pixel + padding
+    data = np.random.default_rng(seed).integers(0, 256, step * height, dtype=np.uint8)
+    return SimpleNamespace(height=height, width=width, encoding=encoding, step=step, data=data,
+                           is_bigendian=is_bigendian)
+
+
+@pytest.mark.parametrize('is_bigendian', [0, 1])
+@pytest.mark.parametrize('encoding', [e for e in ENCODINGS if not e.startswith('8UC')])
+def test_every_encoding_equals_rosbags_image(encoding: str, is_bigendian: int) -> None:
+    message = make_message(encoding, is_bigendian=is_bigendian)
+    np.testing.assert_array_equal(image_from_message(message).rgb(),
+                                  message_to_cvimage(message, 'rgb8'))
+
+
+def test_generic_encodings_are_grey_and_bgr() -> None:
+    grey = make_message('8UC1')
+    np.testing.assert_array_equal(image_from_message(grey).rgb(),
+                                  np.repeat(grey.data.reshape(12, 16, 1), 3, axis=2))
+    colour = make_message('8UC3')
+    np.testing.assert_array_equal(image_from_message(colour).rgb(),
+                                  colour.data.reshape(12, 16, 3)[..., ::-1])
+
+
+@pytest.mark.parametrize('encoding', ENCODINGS)
+def test_row_padding_changes_nothing(encoding: str) -> None:
+    plain = make_message(encoding)
+    padded = make_message(encoding, padding=6, seed=1)
+    rows = padded.data.reshape(plain.height, padded.step)
+    rows[:, :plain.step] = plain.data.reshape(plain.height, plain.step)
+    np.testing.assert_array_equal(image_from_message(padded).rgb(),
+                                  image_from_message(plain).rgb())
+
+
+@pytest.mark.parametrize('encoding', ['rgb8', 'bgr8', '8UC3'])
+@pytest.mark.parametrize('kind', [bytes, bytearray, memoryview, 'array', 'ndarray'])
+def test_colour_is_viewed_without_a_copy(encoding: str, kind: object) -> None:
+    message = make_message(encoding, padding=4)
+    raw = message.data.tobytes()
+    if kind == 'array':
+        message.data = array.array('B', raw)
+    elif kind != 'ndarray':
+        message.data = kind(raw)  # type: ignore[operator]
+    image = image_from_message(message)
+    assert np.shares_memory(image.array, np.frombuffer(message.data, np.uint8))
+    expected = np.frombuffer(raw, np.uint8).reshape(12, message.step)[:, :48].reshape(12, 16, 3)
+    np.testing.assert_array_equal(image.array, expected)
+    assert image.channel_order == ('rgb' if encoding == 'rgb8' else 'bgr')
+    assert image.full_size_hw == (12, 16)
+
+
+def test_masks_and_scores_are_viewed() -> None:
+    mask = make_message('mono8', padding=3)
+    view = mask_from_message(mask)
+    assert np.shares_memory(view, mask.data)
+    np.testing.assert_array_equal(view, mask.data.reshape(12, 19)[:, :16])
+    scores = np.random.default_rng(3).normal(size=(5, 7)).astype(np.float32)
+    message = SimpleNamespace(height=5, width=7, encoding='32FC1', step=28, is_bigendian=0,
+                              data=message_data(scores))
+    np.testing.assert_array_equal(message_array(message), scores)
+    swapped = SimpleNamespace(**{**vars(message), 'is_bigendian': 1,
+                                 'data': message_data(scores.byteswap())})
+    np.testing.assert_array_equal(message_array(swapped), scores)
+    with pytest.raises(BadImage, match='not a camera image'):
+        image_from_message(message)
+    with pytest.raises(BadImage, match="mono8 or 8UC1, got 'rgb8'"):
+        mask_from_message(make_message('rgb8'))
+
+
+@pytest.mark.parametrize(('changes', 'text'), [
+    ({'height': 0}, 'at least 1x1 pixel, got 16x0'),
+    ({'width': 0}, 'at least 1x1 pixel, got 0x12'),
+    ({'step': 47}, 'at least 48 bytes, got 47'),
+    ({'step': 0}, 'at least 48 bytes, got 0'),
+    ({'height': 11}, 'must have 528 bytes, got 576'),
+    ({'height': 13}, 'must have 624 bytes, got 576'),
+    ({'data': np.zeros(575, np.uint8)}, 'must have 576 bytes, got 575'),
+    ({'data': b''}, 'must have 576 bytes, got 0'),
+    ({'data': [0] * 576}, 'must be a buffer of bytes'),
+    ({'encoding': 'rgb9'}, "got 'rgb9'"),
+    ({'encoding': ''}, "got ''"),
+    ({'width': 4294967295, 'step': 4294967295}, 'at most 268435456 pixels'),
+])
+def test_contradicting_messages_are_refused(changes: dict[str, object], text: str) -> None:
+    message = make_message('rgb8')
+    image_from_message(message)
+    for name, value in changes.items():
+        setattr(message, name, value)
+    with pytest.raises(BadImage, match=text):
+        image_from_message(message)
+
+
+def test_odd_width_and_tiny_bayer_are_refused() -> None:
+    with pytest.raises(BadImage, match='even width, got 15'):
+        image_from_message(make_message('yuv422', width=15))
+    with pytest.raises(BadImage, match='at least 3x3'):
+        image_from_message(make_message('bayer_rggb8', height=2, width=2))
+
+
+def test_message_data_is_the_fast_type() -> None:
+    pixels = np.arange(24, dtype=np.float32).reshape(4, 6)[:, ::2]
+    data = message_data(pixels)
+    assert isinstance(data, array.array) and data.typecode == 'B'
+    assert data.tobytes() == pixels.tobytes()
+    assert len(message_data(np.empty((0, 4), np.uint8))) == 0
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """Return a smooth but detailed BGR picture, 203x301, so that JPEG has work to do."""
+    rng = np.random.default_rng(5)
+    return cv2.GaussianBlur(rng.integers(0, 256, (203, 301, 3), dtype=np.uint8), (5, 5), 0)
+
+
+def encode(picture: np.ndarray, ending: str) -> bytes:
+    """Encode with OpenCV."""
+    options = [cv2.IMWRITE_WEBP_QUALITY, 101] if ending == '.webp' else []
+    return cv2.imencode(ending, picture, options)[1].tobytes()
+
+
+@pytest.mark.parametrize('ending', ['.png', '.webp'])
+def test_lossless_formats_come_back(picture: np.ndarray, ending: str) -> None:
+    image = decode_compressed(encode(picture, ending), 'whatever')
+    np.testing.assert_array_equal(image.array, picture)
+    assert (image.channel_order, image.full_size_hw) == ('bgr', (203, 301))
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_jpeg_equals_opencv(picture: np.ndarray, strict: bool,
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    use_strict(monkeypatch, strict)
+    data = encode(picture, '.jpg')
+    image = decode_compressed(array.array('B', data), 'rgb8; jpeg compressed bgr8')
+    np.testing.assert_array_equal(image.array, cv2.imdecode(np.frombuffer(data, np.uint8), 1))
+    assert image.full_size_hw == (203, 301)
+
+
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize(('need_hw', 'shape', 'flag'), [
+    ((102, 151), (102, 151), cv2.IMREAD_REDUCED_COLOR_2),
+    ((103, 151), (203, 301), cv2.IMREAD_COLOR),
+    ((51, 76), (51, 76), cv2.IMREAD_REDUCED_COLOR_4),
+    ((1, 1), (26, 38), cv2.IMREAD_REDUCED_COLOR_8),
+    ((500, 500), (203, 301), cv2.IMREAD_COLOR),
+])
+def test_reduced_jpeg_is_never_smaller_than_needed(
+        picture: np.ndarray, need_hw: tuple[int, int], shape: tuple[int, int], flag: int,
+        strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_strict(monkeypatch, strict)
+    data = encode(picture, '.jpg')
+    image = decode_compressed(data, 'jpeg', reduce_to_hw=need_hw)
+    assert image.array.shape[:2] == shape
+    assert image.full_size_hw == (203, 301)
+    np.testing.assert_array_equal(image.array, cv2.imdecode(np.frombuffer(data, np.uint8), flag))
+
+
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('ending', ['.jpg', '.png', '.webp'])
+def test_no_half_read_images(picture: np.ndarray, ending: str, strict: bool,
+                             monkeypatch: pytest.MonkeyPatch) -> None:
+    use_strict(monkeypatch, strict)
+    data = encode(picture, ending)
+    for end in (0, 2, 10, 30, 200, len(data) // 4, len(data) // 2, len(data) - 200, len(data) - 2):
+        with pytest.raises(BadImage):
+            decode_compressed(data[:end], ending)
+        with pytest.raises(BadImage):
+            encoded_size_hw(data[:end])
+
+
+def test_damage_inside_a_jpeg_is_noticed(picture: np.ndarray,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    use_strict(monkeypatch, True)
+    data = encode(picture, '.jpg')
+    for broken in (data[:len(data) // 2] + b'\xff\xd9',
+                   data[:len(data) // 2] + bytes(60) + data[len(data) // 2 + 60:]):
+        with pytest.raises(BadImage, match='cut off or damaged'):
+            decode_compressed(broken, 'jpeg')
+
+
+def test_grey_jpeg_becomes_colour(picture: np.ndarray) -> None:
+    grey = np.ascontiguousarray(picture[..., 0])
+    image = decode_compressed(encode(grey, '.jpg'), 'mono8; jpeg compressed mono8')
+    assert image.array.shape == (203, 301, 3)
+    np.testing.assert_array_equal(image.array[..., 0], image.array[..., 2])
+
+
+def test_exif_rotation_is_ignored(picture: np.ndarray) -> None:
+    data = encode(picture, '.jpg')
+    orientation_6 = (b'Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0')
+    segment = b'\xff\xe1' + (len(orientation_6) + 2).to_bytes(2, 'big') + orientation_6
+    rotated = data[:2] + segment + data[2:]
+    assert cv2.imdecode(np.frombuffer(rotated, np.uint8), 1).shape[:2] == (301, 203)
+    np.testing.assert_array_equal(decode_compressed(rotated, 'jpeg').array,
+                                  decode_compressed(data, 'jpeg').array)
+
+
+@pytest.mark.parametrize(('data', 'image_format', 'text'), [
+    (b'', 'jpeg', 'got 0 bytes starting with nothing'),
+    (b'GIF89a' + bytes(100), 'gif', 'must be JPEG, PNG or WebP'),
+    (b'\x89PNG\r\n\x1a\n' + bytes(50), '16UC1; compressedDepth png', 'depth image'),
+    ('text', 'jpeg', 'buffer of bytes'),
+])
+def test_other_data_is_refused(data: object, image_format: str, text: str) -> None:
+    with pytest.raises(BadImage, match=text):
+        decode_compressed(data, image_format)
+
+
+@pytest.mark.parametrize(('ending', 'options'), [
+    ('.png', []), ('.jpg', []), ('.jpg', [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]),
+    ('.webp', [cv2.IMWRITE_WEBP_QUALITY, 101]), ('.webp', [cv2.IMWRITE_WEBP_QUALITY, 60])])
+@pytest.mark.parametrize('size_hw', [(1, 1), (7, 301), (1080, 19)])
+def test_size_from_the_header(ending: str, options: list[int], size_hw: tuple[int, int]) -> None:
+    pixels = np.full((*size_hw, 3), 90, np.uint8)
+    data = cv2.imencode(ending, pixels, options)[1].tobytes()
+    assert encoded_size_hw(data) == size_hw
+
+
+def use_strict(monkeypatch: pytest.MonkeyPatch, strict: bool) -> None:
+    """Decode JPEG with simplejpeg, or as where it is not installed."""
+    if strict:
+        pytest.importorskip('simplejpeg', reason='the optional strict JPEG decoder')
+    monkeypatch.setattr(images, '_has_simplejpeg', lambda: strict)
