@@ -29,8 +29,9 @@ from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write, atomic_write_text
+from anomaly_seg_ros.metrics.calibration import Calibration, CalibrationMetrics
 from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
-from anomaly_seg_ros.metrics.stored import FrameRow, score_metrics, StoredScores
+from anomaly_seg_ros.metrics.stored import FrameRow, score_metrics, ScoreCurves, StoredScores
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
@@ -41,6 +42,8 @@ PER_FRAME_COLUMNS = (
     'frame_id', 'width', 'height', 'pixels', 'positives', 'average_precision', 'fpr95', 'auroc',
     'best_f1', 'score_mean', 'score_max', 'obstacles',
     *(f'{stage}_ms' for stage in STAGES), 'end_to_end_ms')
+
+NO_LABELS = 'no frame has ground-truth labels'
 
 _PICTURE_WIDTH = 640
 
@@ -126,7 +129,10 @@ class Recorder:
         self._thumbnails = self.output / '.thumbnails'
         self._rows: list[dict[str, Any]] = []
         self._latency: dict[str, list[float]] = {}
-        self._confusion: ConfusionMatrix | None = None
+        self._confusion = ConfusionMatrix(card.classes)
+        # 1 - MSP is the confidence of the label; no other score is a probability.
+        self._calibration = Calibration() if card.score == 'msp' else None
+        self._labelled = 0
         self._scored: list[str] = []
         try:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -160,9 +166,11 @@ class Recorder:
             _save_array(self._masks / f'{name}.npy', frame.anomaly_mask)
             self._scored.append(name)
         if frame.labels is not None:
-            if self._confusion is None:
-                self._confusion = ConfusionMatrix(self._card.classes)
             self._confusion.update(answer.labels, frame.labels, frame.frame_id)
+            if self._calibration is not None:
+                self._calibration.update(self._labelled, 1.0 - answer.anomaly, answer.labels,
+                                         frame.labels, frame.frame_id)
+            self._labelled += 1
         self._rows.append({
             'frame_id': frame.frame_id, 'width': width, 'height': height,
             'score_mean': float(cv2.mean(answer.anomaly)[0]),
@@ -181,13 +189,14 @@ class Recorder:
             raise UserError(f'{run.data}: no frame was answered, so there is nothing to report')
         metrics, curves = self._score_metrics(track, workers, progress)
         metrics['segmentation'] = self._segmentation()
+        metrics['calibration'], reliability = self._calibrate()
         metrics['latency_ms'] = {
             **{stage: percentiles(values) for stage, values in self._latency.items()},
             'frames': len(self._rows), 'dropped': dropped}
         metrics['run'] = run.as_json()
         write_per_frame(self.output / 'per_frame.csv', self._rows)
         atomic_write_text(self.output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
-        self._write_report(metrics, curves, title or run.data)
+        self._write_report(metrics, curves, title or run.data, reliability)
         if not self._save_scores:
             shutil.rmtree(self._scores)
             shutil.rmtree(self._masks)
@@ -195,7 +204,7 @@ class Recorder:
         return metrics
 
     def _score_metrics(self, track: str | None, workers: int, progress: Progress | None
-                       ) -> tuple[dict[str, Any], Any]:
+                       ) -> tuple[dict[str, Any], ScoreCurves | None]:
         if not self._scored:
             none = {'reason': 'no frame has an anomaly mask'}
             return {'pixel': none, 'components': none, 'compat': none}, None
@@ -209,10 +218,19 @@ class Recorder:
         return result.as_json(), result.curves
 
     def _segmentation(self) -> dict[str, Any]:
-        if self._confusion is None:
-            return {'miou': None, 'accuracy': None, 'iou_by_class': None,
-                    'reason': 'no frame has ground-truth labels'}
+        if not self._labelled:
+            return {'miou': None, 'accuracy': None, 'iou_by_class': None, 'reason': NO_LABELS}
         return asdict(self._confusion.result())
+
+    def _calibrate(self) -> tuple[dict[str, Any], CalibrationMetrics | None]:
+        if self._calibration is None or not self._labelled:
+            reason = NO_LABELS if not self._labelled else (
+                f'needs the confidence of the labels, which {self._card.score} does not give; '
+                'export the model with --score msp')
+            return {'ece': None, 'adaptive_ece': None, 'ks': None, 'prr': None,
+                    'reason': reason}, None
+        result = self._calibration.result()
+        return asdict(result), result
 
     def _keep_thumbnail(self, name: str, frame: Frame, answer: Answer) -> None:
         height, width = frame.image_rgb.shape[:2]
@@ -230,7 +248,8 @@ class Recorder:
         with atomic_write(self._thumbnails / f'{name}.npz') as path, open(path, 'wb') as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
 
-    def _write_report(self, metrics: dict[str, Any], curves: Any, title: str) -> None:
+    def _write_report(self, metrics: dict[str, Any], curves: ScoreCurves | None, title: str,
+                      calibration: CalibrationMetrics | None) -> None:
         """Write report.html where the extra ``report`` is installed; else say how to get it."""
         try:
             import jinja2  # noqa: F401
@@ -240,7 +259,8 @@ class Recorder:
                         '"anomaly_seg_ros[report]". metrics.json and per_frame.csv are complete.',
                         error.name)
             return
-        from anomaly_seg_ros.report import choose_frames, FramePicture, ReportData, write_report
+        from anomaly_seg_ros.report import (
+            choose_frames, frame_caption, FramePicture, Reliability, ReportData, write_report)
         from anomaly_seg_ros.visualize import anomaly_u8, heat_map, overlay
 
         pictures = []
@@ -248,15 +268,21 @@ class Recorder:
             with np.load(self._thumbnails / f'{file_name(row["frame_id"])}.npz') as data:
                 kept = dict(data)
             pictures.append(FramePicture(
-                frame_id=row['frame_id'], kind=kind, caption='',
+                frame_id=row['frame_id'], kind=kind, caption=frame_caption(row),
                 image_rgb=kept['image'],
                 overlay_rgb=overlay(kept['image'], kept['labels'], kept['anomaly'], kept['mask'],
                                     self._card.palette, self._card.score_range),
                 heat_rgb=heat_map(anomaly_u8(kept['anomaly'], self._card.score_range)),
                 mask=kept['mask'], ground_truth=kept.get('truth')))
+        reliability = None
+        if calibration is not None:
+            bins = [each for each in calibration.reliability if each.accuracy is not None]
+            reliability = Reliability(
+                [each.confidence or 0.0 for each in bins], [each.accuracy or 0.0 for each in bins],
+                [each.pixels / calibration.pixels for each in bins])
         write_report(self.output / 'report.html', ReportData(
             title=title, metrics=metrics, curves=curves, frames=pictures,
-            latency_ms=self._latency))
+            latency_ms=self._latency, reliability=reliability))
 
 
 def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
@@ -368,6 +394,8 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
     metrics = result.as_json()
     metrics['segmentation'] = {'miou': None, 'accuracy': None, 'iou_by_class': None,
                                'reason': 'score maps hold no labels'}
+    metrics['calibration'] = {'ece': None, 'adaptive_ece': None, 'ks': None, 'prr': None,
+                              'reason': 'score maps hold no labels'}
     metrics['latency_ms'] = None
     metrics['run'] = {
         'data': f'{scores} with {masks}', 'command': [Path(sys.argv[0]).name, *sys.argv[1:]],

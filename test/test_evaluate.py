@@ -64,15 +64,34 @@ def test_saved_scores_give_the_same_figures(tiny_model: Path, small_benchmark: P
         assert again[part] == metrics[part]
 
 
-def test_bad_frame_ends_the_run_but_keeps_what_was_computed(
+def test_damaged_file_is_found_before_anything_runs(
         tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
-    """A truncated image in the middle: its name, the place of the scores, no metrics.json."""
+    """A truncated image ends the run at once, with its name and the way around it."""
     victim = small_benchmark / 'images' / '3.png'
     victim.write_bytes(victim.read_bytes()[:200])
-    with pytest.raises(UserError, match=r'3\.png(.|\n)*kept in') as caught:
+    with pytest.raises(UserError, match=r'3\.png(.|\n)*--keep-going'):
         evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_frame_that_breaks_later_keeps_what_was_computed(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file damaged while the run goes on: its name, the place of the scores, no metrics."""
+    victim = small_benchmark / 'images' / '3.png'
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    check = source.check
+
+    def check_then_damage() -> list[str]:
+        problems = check()
+        victim.write_bytes(victim.read_bytes()[:200])
+        return problems
+
+    monkeypatch.setattr(source, 'check', check_then_damage)
+    with pytest.raises(UserError, match=r'3\.png(.|\n)*kept in'):
+        evaluate(tiny_model, source, tmp_path / 'out')
     kept = sorted(path.name for path in (tmp_path / 'out' / 'scores').iterdir())
-    assert kept == ['0.npy', '1.npy', '2.npy'], caught.value
+    assert kept == ['0.npy', '1.npy', '2.npy']
     assert not (tmp_path / 'out' / 'metrics.json').exists()
 
 
