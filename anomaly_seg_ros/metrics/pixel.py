@@ -186,8 +186,9 @@ class NegativeCounts:
                              'from one result of pass 1')
         at_least, above, total = other.result()
         self._flush()
-        self._at_least += at_least
-        self._above += above
+        # Not in place: what another process sent may be read-only.
+        self._at_least = self._at_least + at_least
+        self._above = self._above + above
         self._total += total
 
     def result(self) -> tuple[IntArray, IntArray, int]:
@@ -206,8 +207,10 @@ class NegativeCounts:
         if len(self._pending) > 1:
             scores = np.sort(np.concatenate(self._pending))
         self._pending = []
-        self._at_least += scores.size - np.searchsorted(scores, self.thresholds, 'left')
-        self._above += scores.size - np.searchsorted(scores, self.thresholds, 'right')
+        below = np.searchsorted(scores, self.thresholds, 'left')
+        at_most = np.searchsorted(scores, self.thresholds, 'right')
+        self._at_least = self._at_least + (scores.size - below)
+        self._above = self._above + (scores.size - at_most)
         self._total += scores.size
 
 

@@ -14,7 +14,9 @@ from concurrent.futures import as_completed, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+import logging
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -372,8 +374,10 @@ class _Count:
         self.rows[index] = FrameRow(
             frame.frame_id, own.average_precision, own.fpr95, own.auroc, own.best_f1,
             own.best_f1_threshold, own.pixels, own.positives)
-        self.histogram_positives += count_sorted(split.positives, self.edges)
-        self.histogram_negatives += count_sorted(split.negatives, self.edges)
+        self.histogram_positives = (
+            self.histogram_positives + count_sorted(split.positives, self.edges))
+        self.histogram_negatives = (
+            self.histogram_negatives + count_sorted(split.negatives, self.edges))
         if self.compat:
             self.smiyc.update(index, split)
             self.caos.update(split, curve)
@@ -381,8 +385,8 @@ class _Count:
 
     def merge(self, other: '_Count') -> None:
         self.negatives.merge(other.negatives)
-        self.histogram_positives += other.histogram_positives
-        self.histogram_negatives += other.histogram_negatives
+        self.histogram_positives = self.histogram_positives + other.histogram_positives
+        self.histogram_negatives = self.histogram_negatives + other.histogram_negatives
         self.smiyc.merge(other.smiyc)
         self.caos.merge(other.caos)
         self.s2m.merge(other.s2m)
@@ -520,10 +524,13 @@ def _ray(address: str) -> Iterator[_Run]:
         import ray
     except ImportError as error:
         raise UserError('ray is not installed; run pip install "anomaly_seg_ros[ray]"') from error
-    try:
-        ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f'no Ray cluster at {address}: {error}') from error
+    own = not ray.is_initialized()
+    if own:
+        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f'no Ray cluster at {address}: {error}') from error
     remote = ray.remote(_accumulate)
 
     def on_ray(task: _Pass, source: ScoreSource, frames: _Frames, counter: _Counter) -> _Pass:
@@ -534,11 +541,18 @@ def _ray(address: str) -> Iterator[_Run]:
         merged = None
         while waiting:
             for done in ray.wait(list(waiting))[0]:
-                merged = _join(merged, ray.get(done))
+                try:
+                    merged = _join(merged, ray.get(done))
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from error
+                except ray.exceptions.RayError as error:
+                    raise UserError(f'Ray lost a task: {error}. Look at the log of the cluster, '
+                                    'then run again.') from error
                 counter.add(waiting.pop(done))
         return merged or task
 
     try:
         yield on_ray
     finally:
-        ray.shutdown()
+        if own:
+            ray.shutdown()
