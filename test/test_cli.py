@@ -100,5 +100,5 @@ def test_wrong_weights_exit_1_and_leave_no_file(real_data: Path, tmp_path: Path)
     result = run('export', 'erfnet', '--weights', tmp_path / 'other.pth', '--output',
                  tmp_path / 'm.onnx')
     assert result.returncode == 1
-    assert 'layer.weight' in result.stderr and 'encoder' in result.stderr
+    assert 'layer.weight' in result.stderr and 'decoder.' in result.stderr
     assert not (tmp_path / 'm.onnx').exists()
