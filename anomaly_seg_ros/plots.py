@@ -11,9 +11,8 @@ from contextlib import contextmanager
 import io
 from typing import Any
 
-import numpy as np
-
 from anomaly_seg_ros.metrics.stored import ScoreCurves
+import numpy as np
 
 # Okabe and Ito's colours, told apart by colour-blind readers and in grey print.
 BLUE, ORANGE, GREY, GREEN = '#0072B2', '#D55E00', '#5f6b76', '#009E73'
@@ -62,10 +61,10 @@ def precision_recall(curves: ScoreCurves, prevalence: float) -> bytes:
         axes.step(np.append(0.0, curves.recall), np.append(curves.precision[0], curves.precision),
                   where='pre', color=BLUE)
         axes.axhline(prevalence, color=GREY, linestyle=':', linewidth=1.3)
-        above = prevalence < 0.9
-        axes.annotate(f'guessing: {prevalence:.2g}', (1, prevalence), (0, 3 if above else -3),
-                      textcoords='offset points', ha='right', va='bottom' if above else 'top',
-                      color=GREY, fontsize=8)
+        below = prevalence > 0.08
+        axes.annotate(f'guessing: {prevalence:.2g}', (0.02, prevalence), (0, -3 if below else 3),
+                      textcoords='offset points', va='top' if below else 'bottom', color=GREY,
+                      fontsize=8)
         _unit_square(axes)
         axes.set(xlabel='recall', ylabel='precision')
         return svg()
@@ -79,10 +78,10 @@ def roc(curves: ScoreCurves, fpr95: float | None) -> bytes:
         axes.plot(fpr, recall, color=BLUE)
         if fpr95 is not None:
             axes.plot([fpr95], [0.95], 'o', color=ORANGE, markersize=6)
-            left = fpr95 > 0.5
-            axes.annotate(f'95 % recall at {fpr95:.3g}', (fpr95, 0.95),
-                          (-8 if left else 8, -12), textcoords='offset points',
-                          ha='right' if left else 'left', color=ORANGE, fontsize=8)
+            # Under the curve there is always room to the left of the diagonal's end.
+            axes.annotate(f'95 % recall at\n{fpr95:.3g}', (fpr95, 0.95), (0.62, 0.42),
+                          color=ORANGE, fontsize=8, ha='left', va='top',
+                          arrowprops={'arrowstyle': '-', 'color': ORANGE, 'linewidth': 0.8})
         _unit_square(axes)
         axes.set(xlabel='false-positive rate', ylabel='recall (true-positive rate)')
         return svg()
@@ -104,7 +103,7 @@ def score_histogram(curves: ScoreCurves, threshold: float | None) -> bytes:
                          label='threshold')
         axes.set(xlabel='anomaly score', ylabel='density', ylim=(0, None))
         axes.margins(x=0)
-        axes.legend(loc='best', fontsize=8)
+        _legend_above(axes)
         return svg()
 
 
@@ -120,7 +119,7 @@ def latency_histogram(samples_ms: Sequence[float]) -> bytes:
                          label=f'{name} {value:.3g} ms')
         axes.set(xlabel='end to end, ms', ylabel='frames')
         axes.yaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc='upper right', fontsize=8)
+        _legend_above(axes)
         return svg()
 
 
@@ -135,7 +134,7 @@ def latency_stages(p50_ms: Mapping[str, float], p99_ms: Mapping[str, float]) -> 
         axes.set_yticks(place, [name.replace('_', ' ') for name in names])
         axes.grid(visible=False, axis='y')
         axes.set(xlabel='ms')
-        axes.legend(loc='lower right', fontsize=8)
+        _legend_above(axes)
         return svg()
 
 
@@ -198,6 +197,11 @@ def intervals(names: Sequence[str], panels: Sequence[tuple[str, bool, np.ndarray
         for ax in np.ravel(axes)[len(panels):]:
             ax.set_axis_off()
         return svg()
+
+
+def _legend_above(axes: Any) -> None:
+    axes.legend(loc='lower left', bbox_to_anchor=(-0.02, 1.0), ncols=3, fontsize=8,
+                columnspacing=1.2, handlelength=1.6, borderaxespad=0.2)
 
 
 def _unit_square(axes: Any) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 import shlex
 from typing import Any
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.metrics.stored import ScoreCurves
 from anomaly_seg_ros.visualize import draw_outlines
+import cv2
+import numpy as np
 
 TRUTH_RGB = (0, 224, 255)
 PICTURE_WIDTH = 640
@@ -38,7 +37,10 @@ _LABELS = {
     'positives': 'anomalous pixels', 'pixels': 'scored pixels',
     'ties': 'pixels tied with an anomalous one', 'siou_gt': 'sIoU, true components',
     'siou_pred': 'sIoU, predicted components', 'ppv': 'PPV, predicted components',
-    'mean_f1': 'mean F1', 'f1_by_tau': 'F1 at tau', 'miou': 'mean IoU (mIoU)',
+    'mean_f1': 'mean F1 over tau', 'f1_by_tau': 'F1 at tau',
+    'tp_mean': 'true positives, mean over tau', 'fp_mean': 'false positives, mean over tau',
+    'fn_mean': 'false negatives, mean over tau', 'best_f1_threshold': 'threshold of best F1',
+    'tpr95_threshold': 'threshold of 95 % recall', 'miou': 'mean IoU (mIoU)',
     'ece': 'expected calibration error (ECE)', 'adaptive_ece': 'adaptive ECE',
     'ks': 'Kolmogorov-Smirnov', 'prr': 'prediction rejection ratio (PRR)',
     'model_sha256': 'model sha256', 'input_size_hw': 'input size, height x width',
@@ -46,6 +48,8 @@ _LABELS = {
 _COMPAT = {
     'smiyc': 'SegmentMeIfYouCan', 'caos_per_image': 'CAOS, mean over images', 's2m': 'S2M',
     'relis': 'relis'}
+# Every tau is in metrics.json; these are the ones that papers quote.
+_SHOWN_TAUS = ('0.25', '0.5', '0.75')
 _CARD = ('name', 'network', 'score', 'score_parameters', 'temperature', 'threshold',
          'threshold_source', 'input_size_hw', 'precision', 'weights_source', 'weights_sha256',
          'licence')
@@ -151,15 +155,16 @@ def write_report(path: Path | str, report: ReportData) -> None:
     pixel, reason = metrics.get('pixel') or {}, _reason(metrics, 'pixel')
     write_page(
         path, 'report.html.j2', title=report.title, subtitle=_subtitle(metrics),
-        tiles=_tiles(metrics), pixel=_section('', pixel),
-        components=_section('', metrics.get('components')),
+        tiles=_tiles(metrics), pixel=_section(pixel),
+        components=_section(metrics.get('components')),
         curves=_curve_charts(report.curves, metrics),
         no_curves=reason or 'this run kept none', frames=_frame_groups(report.frames),
         truth_colour=_css(TRUTH_RGB),
         score_range=' to '.join(f'{v:.3g}' for v in card.get('score_range', ())),
-        segmentation=_section('', {k: v for k, v in (metrics.get('segmentation') or {}).items()
-                                   if k != 'iou_by_class'}),
-        classes=_classes(metrics), calibration=_section('', metrics.get('calibration')),
+        segmentation=_section({key: value for key, value in
+                               (metrics.get('segmentation') or {}).items()
+                               if key != 'iou_by_class'}),
+        classes=_classes(metrics), calibration=_section(metrics.get('calibration')),
         reliability=_reliability_chart(report.reliability),
         latency=_latency(metrics.get('latency_ms'), report.latency_ms),
         compat=_compat(metrics.get('compat')), command=_command(run.get('command')),
@@ -298,7 +303,7 @@ def _frame(frame: FramePicture) -> dict[str, Any]:
         # A pixel of the small picture is anomalous if one under it is: small ones stay visible.
         truth = (fit((frame.ground_truth == 1).astype(np.float32)) > 0).astype(np.uint8)
         for picture in (camera, heat, *(p[0] for p in shown[3:])):
-            draw_outlines(picture, truth, TRUTH_RGB)
+            draw_outlines(picture, truth, TRUTH_RGB, width_px=2)
     return {'frame_id': frame.frame_id, 'caption': frame.caption,
             'pictures': [_picture(picture, f'Frame {frame.frame_id}: {alt}', caption)
                          for picture, alt, caption in shown]}
@@ -412,24 +417,26 @@ def _compat(section: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any]
         inner = {k: v for k, v in part.items() if isinstance(v, Mapping) and k in (
             'pixel', 'components')}
         outer = {k: v for k, v in part.items() if k not in inner}
-        sections = [(f'{title}, {k}', _section('', v)) for k, v in inner.items()]
+        sections = [(f'{title}, {k}', _section(v)) for k, v in inner.items()]
         if outer:
-            sections.insert(0, (title, _section('', outer)))
+            sections.insert(0, (title, _section(outer)))
         result += [s for s in sections if s[1]['rows'] or s[1]['reason']]
     return result
 
 
-def _section(prefix: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+def _section(values: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the rows (label, text) of a part of metrics.json, empty if all of it is null."""
     values = values or {}
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         if key == 'reason':
             continue
-        label = f'{prefix}{_label(key)}'
+        label = _label(key)
         if isinstance(value, Mapping):
-            rows += [(f'{label} {name}', _value(inner)) for name, inner in value.items()
-                     if not isinstance(inner, Mapping | list | tuple)]
+            rows += [(f'{label} {_label(str(name))}', _value(inner))
+                     for name, inner in value.items()
+                     if not isinstance(inner, Mapping | list | tuple)
+                     and (key != 'f1_by_tau' or name in _SHOWN_TAUS)]
         elif not isinstance(value, list | tuple):
             rows.append((label, _value(value)))
     if all(text == _NONE for _, text in rows):

@@ -158,7 +158,8 @@ def overlay(image_rgb: np.ndarray, labels: np.ndarray, anomaly: np.ndarray, mask
 
 
 def draw_outlines(picture: np.ndarray, mask: np.ndarray,
-                  colour: tuple[int, int, int] = OUTLINE_RGB) -> None:
+                  colour: tuple[int, int, int] = OUTLINE_RGB,
+                  width_px: int | None = None) -> None:
     """
     Draw the borders of a mask's regions into a picture, in place.
 
@@ -170,9 +171,11 @@ def draw_outlines(picture: np.ndarray, mask: np.ndarray,
         uint8 (H, W), not 0 inside.
     colour
         RGB of the line just inside the region; a black one lies around it.
+    width_px
+        Width of each line; None takes one that suits the picture's height.
 
     """
-    width = max(1, round(mask.shape[0] / 512))
+    width = width_px or max(1, round(mask.shape[0] / 512))
     kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
     table = _palette_table(((0, 0, 0),) * 255 + (colour,))
     # Morphology takes the same time for one obstacle as for thousands; tracing contours does not.

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures, compared with plain numpy versions of what they should show."""
 
-import cv2
-import numpy as np
-import pytest
-
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 from anomaly_seg_ros.visualize import (
     anomaly_u8, colour_bar, colour_labels, draw_outlines, heat_map, legend, overlay, panel)
+import cv2
+import numpy as np
+import pytest
 
 RANGE = (-4.0, 6.0)
 SIZES = ((1, 1), (4, 1), (3, 70001), (200, 333), (512, 1024))
