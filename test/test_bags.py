@@ -172,6 +172,27 @@ def test_mcap_is_read_by_the_mcap_library(tmp_path: Path) -> None:
     assert {schema.encoding for schema, _, _ in messages} == {'ros2msg'}
 
 
+def test_messages_are_read_by_rclpy(tmp_path: Path) -> None:
+    serialization = pytest.importorskip('rclpy.serialization', reason='needs ROS or its wheels')
+    from sensor_msgs.msg import CompressedImage, Image
+    from anomaly_seg_ros.images import image_from_message
+    source = Frames(2)
+    make_bag(source, tmp_path / 'raw', frame_id='front')
+    make_bag(source, tmp_path / 'png', compressed='png')
+    for folder, kind in (('raw', Image), ('png', CompressedImage)):
+        with Reader(tmp_path / folder) as reader:
+            connections = [c for c in reader.connections if c.topic.startswith(IMAGE_TOPIC)]
+            raw = next(reader.messages(connections))[2]
+        message = serialization.deserialize_message(raw, kind)
+        assert message.header.stamp.sec == START_NS // 10 ** 9
+        if folder == 'raw':
+            assert message.header.frame_id == 'front' and message.encoding == 'rgb8'
+            np.testing.assert_array_equal(image_from_message(message).array, source[0].image_rgb)
+        else:
+            image = cv2.imdecode(np.frombuffer(message.data, np.uint8), cv2.IMREAD_COLOR)
+            np.testing.assert_array_equal(image[..., ::-1], source[0].image_rgb)
+
+
 def test_sqlite3_is_read_by_sqlite(tmp_path: Path) -> None:
     make_bag(Frames(), tmp_path / 'bag', storage='sqlite3')
     connection = sqlite3.connect(tmp_path / 'bag' / 'bag.db3')
@@ -259,6 +280,28 @@ def test_ground_truth_is_found_wherever_it_is(tmp_path: Path, order: str, storag
         assert frame.labels is not None and np.all(frame.labels == index)
         np.testing.assert_array_equal(frame.image_rgb, images[index])
     assert index == 39
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_any_order_and_any_gaps(tmp_path: Path, seed: int) -> None:
+    """Some images without labels, everything shuffled, log times with ties."""
+    rng = np.random.default_rng(seed)
+    images, masks = ordered('masks last', 30)[:30], ordered('masks last', 30)[30:]
+    with_labels = [index for index in range(30) if rng.random() < 0.7]
+    messages = images + [masks[index] for index in with_labels]
+    shuffled = [messages[place] for place in rng.permutation(len(messages))]
+    times = np.sort(rng.integers(0, 50, len(messages))).tolist()
+    path = write_bag(tmp_path / 'bag', [
+        (topic, log_ns, message, kind)
+        for (topic, _, message, kind), log_ns in zip(shuffled, times, strict=True)],
+        STORAGES[seed % 2])
+    bag = read_bag(path)
+    for frame in bag:
+        index = frame.stamp_ns - 1000
+        np.testing.assert_array_equal(frame.image_rgb, pictures(30)[index])
+        assert (frame.labels is not None) == (index in with_labels)
+        assert frame.labels is None or np.all(frame.labels == index)
+    assert sorted(bag.stamps_ns) == list(range(1000, 1030))
 
 
 def test_one_log_time_for_everything(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Idd(PairedDataset):
         Layout(f'{_TEXT}ids.png', _IMAGE, rf'{_MASK}ids\.png', ('leftImg8bit', 'gtFine')),
     )
 
-    def __init__(self, root: Path | str, *, unknown: Iterable[str] = UNKNOWN,
+    def __init__(self, root: Path | str, *, unknown: str | Iterable[str] = UNKNOWN,
                  split: str | None = None, keep_going: bool = False) -> None:
         """
         Find and pair the files.
@@ -62,7 +62,7 @@ class Idd(PairedDataset):
         root, split, keep_going
             See :class:`PairedDataset`.
         unknown
-            Names of the classes that are anomalies.
+            Names of the classes that are anomalies, or one text with commas between them.
 
         Raises
         ------
@@ -71,7 +71,8 @@ class Idd(PairedDataset):
             have one code for animals and persons).
 
         """
-        unknown = tuple(unknown)
+        names = unknown.split(',') if isinstance(unknown, str) else unknown
+        unknown = tuple(name.strip() for name in names)
         wrong = [name for name in unknown if name not in _ID_UNKNOWN]
         if wrong or not unknown:
             raise UserError(f'idd: {", ".join(wrong) or "no class"} cannot be the unknown class. '

@@ -24,6 +24,7 @@ from anomaly_seg_ros.errors import UserError
 
 IMAGE = r'(?:png|jpg|jpeg|webp)'
 _SHOWN = 8
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -207,20 +208,23 @@ class PairedDataset(FrameSource):
 
     def check(self) -> list[str]:
         """Read headers of the images and codes of the masks; list everything that is wrong."""
-        problems = list(self.problems)
-        for pair in self._pairs:
-            size_hw: tuple[int, ...] | None = None
-            try:
-                size_hw = self._image_size_hw(pair)
-            except UserError as error:
-                problems.append(str(error))
-            if pair.mask is None:
-                continue
-            try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found = pool.map(self._check_pair, self._pairs)
+            return [*self.problems, *(problem for problems in found for problem in problems)]
+
+    def _check_pair(self, pair: Pair) -> list[str]:
+        problems: list[str] = []
+        size_hw: tuple[int, ...] | None = None
+        try:
+            size_hw = self._image_size_hw(pair)
+        except UserError as error:
+            problems.append(str(error))
+        try:
+            if pair.mask is not None:
                 mask = read_mask(pair.mask)
                 self._check_mask(pair, mask, size_hw or mask.shape)
-            except UserError as error:
-                problems.append(str(error))
+        except UserError as error:
+            problems.append(str(error))
         return problems
 
     def _variables(self, split: str | None) -> dict[str, str]:
@@ -313,7 +317,7 @@ class PairedDataset(FrameSource):
 
 
 def keep_by_codes(found: Found, keep: Callable[[list[int]], bool]) -> list[Pair]:
-    """Keep the frames whose mask's codes please ``keep``; reads every mask, in four threads."""
+    """Keep the frames whose mask's codes please ``keep``; reads every mask."""
     def decide(pair: Pair) -> bool | UserError:
         if pair.mask is None:
             return False
@@ -322,7 +326,7 @@ def keep_by_codes(found: Found, keep: Callable[[list[int]], bool]) -> list[Pair]
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         decisions = list(pool.map(decide, found.pairs))
     found.problems += [str(decision) for decision in decisions if isinstance(decision, UserError)]
     return [pair for pair, decision in zip(found.pairs, decisions, strict=True)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from anomaly_seg_ros.datasets.paired import IMAGE, Layout, PairedDataset, simple_layout
 
+_IMAGE = rf'images/(?P<a>{{frames}})\.{IMAGE}'
 _MASK = r'labels_masks/(?P<a>{frames})_labels_semantic\.png'
 
 
@@ -20,11 +21,12 @@ class _Track(PairedDataset):
 
     layouts = (
         Layout('images/FRAME.(jpg|webp) with labels_masks/FRAME_labels_semantic.png',
-               rf'images/(?P<a>{{frames}})\.{IMAGE}', _MASK, ('images', 'labels_masks'),
-               splits=('validation',)),
+               _IMAGE, _MASK, ('images', 'labels_masks'), splits=('validation',)),
         simple_layout(splits=('validation',)),
-        Layout('images/FRAME.(jpg|webp)', rf'images/(?P<a>{{frames}})\.{IMAGE}', _MASK,
-               ('images',), frames='images', splits=('test', 'all', 'night', 'snowstorm')),
+        # The test frames' masks are not public; where only some frames have one, all count.
+        *(Layout('images/FRAME.(jpg|webp)', _IMAGE, _MASK, folders, frames='images',
+                 splits=('test', 'all', 'night', 'snowstorm'))
+          for folders in (('images', 'labels_masks'), ('images',))),
     )
 
     def _variables(self, split: str | None) -> dict[str, str]:
@@ -39,7 +41,8 @@ class RoadAnomaly21(_Track):
     nested = ('dataset_AnomalyTrack',)
     splits = ('validation', 'test', 'all')
     frames: ClassVar[dict[str, str]] = {
-        'validation': r'validation[^/]*', 'test': r'(?!validation)[^/]*', 'all': r'[^/]*'}
+        'validation': r'validation[^/]*', 'test': r'(?!validation)[a-z][^/]*',
+        'all': r'[a-z][^/]*'}
 
 
 class RoadObstacle21(_Track):
@@ -61,4 +64,4 @@ class RoadObstacle21(_Track):
                 r'|darkasphalt2)_[^/]*',
         'night': r'driveway_[^/]*',
         'snowstorm': r'snowstorm[12]_[^/]*',
-        'all': r'[^/]*'}
+        'all': r'[a-z][^/]*'}

@@ -56,7 +56,9 @@ class FrameSource(ABC):
         return list(self.problems)
 
 
-def natural_key(text: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts ``2`` before ``10``."""
-    return [(int(part), '') if part.isdigit() else (-1, part)
-            for part in re.split(r'(\d+)', text) if part]
+def natural_key(text: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key that puts ``2`` before ``10``, and digits before letters."""
+    parts = re.split(r'([0-9]+)', text)
+    # Every second part is digits, the others are text, also when they are empty.
+    return [(place % 2 == 0 and part != '', int(part) if place % 2 else 0,
+             '' if place % 2 else part) for place, part in enumerate(parts)]
