@@ -7,7 +7,7 @@ from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 
 from anomaly_seg_ros.metrics.calibration import calibration_metrics
 from anomaly_seg_ros.metrics.compat import (
-    CaosPerImage, pytorch_ood, pytorch_ood_per_image, relis, S2mCounts, SmiycPixel,
+    _quantiles, CaosPerImage, pytorch_ood, pytorch_ood_per_image, relis, S2mCounts, SmiycPixel,
     torchmetrics_curve)
 from anomaly_seg_ros.metrics.pixel import split_scores
 
@@ -64,6 +64,16 @@ def test_smiyc_bins_every_image_by_its_own_quantiles(images):
     assert figures.auroc == pytest.approx(roc, abs=1e-12)
     assert figures.fpr95 == pytest.approx(fpr95, abs=1e-12)
     assert (figures.best_f1, figures.best_f1_threshold) == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
+def test_quantiles_of_sorted_scores_are_numpys_to_the_last_bit(dtype):
+    random = np.random.default_rng(6)
+    for size in (1, 2, 3, 383, 384, 385, 4000):
+        ordered = np.sort(random.standard_normal(size)).astype(dtype)
+        shares = np.linspace(0, 1, min(384, size))
+        assert _quantiles(ordered, shares).tobytes() == np.quantile(
+            ordered, shares).astype(np.float64).tobytes()
 
 
 def test_smiyc_uniform_bins_are_close_to_exact_and_merge(images):

@@ -112,9 +112,19 @@ def _quantile_edges(positives: FloatArray, negatives: FloatArray) -> Float64Arra
     low, high = min(scores[0] for scores in present), max(scores[-1] for scores in present)
     margin = np.maximum((high - low) * 1e-2, 1e-2)
     edges = [np.array([low - margin, high + margin], np.float64)]
-    edges += [np.quantile(scores, np.linspace(0, 1, min(SMIYC_BINS // 2, scores.size)))
+    edges += [_quantiles(scores, np.linspace(0, 1, min(SMIYC_BINS // 2, scores.size)))
               for scores in present]
     return np.unique(np.concatenate(edges))
+
+
+def _quantiles(ordered: FloatArray, shares: Float64Array) -> Float64Array:
+    """Return np.quantile of a sorted array, to the last bit, without looking for the places."""
+    place = shares * (ordered.size - 1)
+    below = np.floor(place).astype(np.int64)
+    above = np.minimum(below + 1, ordered.size - 1)
+    share, step = place - below, ordered[above] - ordered[below]
+    return np.where(share < 0.5, ordered[below] + step * share,
+                    ordered[above] - step * (1 - share))
 
 
 def _smiyc_figures(thresholds: Float64Array, tp: Float64Array,

@@ -120,12 +120,14 @@ class ComponentCounts:
         # The comparison is in float64: a float32 threshold must not round onto a score.
         threshold = np.float64(self.threshold)
         predicted = scores > threshold if self.smiyc else scores >= threshold
-        truth_ids = _label(mask == 1)
-        predicted_ids = _label(predicted & (mask != VOID))
+        predicted &= mask != VOID
+        truth = mask == 1
+        either = predicted | truth  # the other pixels have no part in any figure
+        truth_ids, predicted_ids = _label(truth)[either], _label(predicted)[either]
         predicted_ids = _drop_small(predicted_ids, self.track.minimum_predicted)
         kept_truth_ids = _drop_small(truth_ids, self.track.minimum_truth)
         # Small ground truth becomes void, for the predictions on it too.
-        valid = (mask != VOID) & ((truth_ids == 0) | (kept_truth_ids > 0))
+        valid = (truth_ids == 0) | (kept_truth_ids > 0)
         self._add(kept_truth_ids[valid], predicted_ids[valid])
 
     def merge(self, other: 'ComponentCounts') -> None:
@@ -164,7 +166,8 @@ class ComponentCounts:
 
     def _add(self, truth: npt.NDArray[np.int32], predicted: npt.NDArray[np.int32]) -> None:
         """Add the component ids of a frame's valid pixels (1-d, 0 = no component)."""
-        truth_size, predicted_size = np.bincount(truth), np.bincount(predicted)
+        truth_size = np.bincount(truth, minlength=1)
+        predicted_size = np.bincount(predicted, minlength=1)
         width = predicted_size.size
         both = (truth > 0) & (predicted > 0)
         pairs, shared = np.unique(truth[both].astype(np.int64) * width + predicted[both],
@@ -191,8 +194,8 @@ def _label(binary: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
 
 
 def _drop_small(ids: npt.NDArray[np.int32], minimum: int) -> npt.NDArray[np.int32]:
-    """Return ``ids`` with the components of fewer than ``minimum`` pixels set to 0."""
-    sizes = np.bincount(ids.ravel())
+    """Return ``ids`` (1-d) with the components of fewer than ``minimum`` pixels set to 0."""
+    sizes = np.bincount(ids, minlength=1)
     keep = np.arange(sizes.size, dtype=np.int32)
     keep[sizes < minimum] = 0
     kept: npt.NDArray[np.int32] = keep[ids]

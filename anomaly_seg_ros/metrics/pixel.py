@@ -65,8 +65,8 @@ def split_scores(scores: npt.NDArray[Any], mask: npt.NDArray[Any], frame_id: str
 def split_checked(scores: npt.NDArray[Any], mask: npt.NDArray[Any]) -> SplitScores:
     """Sort by ground truth the scores of a frame that ``check_frame`` has passed."""
     positive, negative = mask == 1, mask == 0
-    return SplitScores(_sorted(scores[positive]), _sorted(scores[negative]),
-                       _sorted(scores[~(positive | negative)]))
+    return SplitScores(_sort(scores[positive]), _sort(scores[negative]),
+                       _sort(scores[~(positive | negative)]))
 
 
 def check_frame(scores: npt.NDArray[Any], mask: npt.NDArray[Any], frame_id: str) -> None:
@@ -88,10 +88,11 @@ def check_frame(scores: npt.NDArray[Any], mask: npt.NDArray[Any], frame_id: str)
                         '1 (anomaly) and 255 (void) are allowed. Map the codes first.')
 
 
-def _sorted(values: npt.NDArray[Any]) -> FloatArray:
-    ordered: FloatArray = np.sort(values, axis=None)
-    ordered += ordered.dtype.type(0)  # -0.0 becomes 0.0: equal scores, equal bits
-    return ordered
+def _sort(values: npt.NDArray[Any]) -> FloatArray:
+    """Sort a 1-d array in place, ascending, and return it."""
+    values.sort()
+    values += values.dtype.type(0)  # -0.0 becomes 0.0: equal scores, equal bits
+    return values
 
 
 def count_sorted(ordered: FloatArray, edges: npt.NDArray[np.float64]) -> IntArray:
@@ -115,7 +116,7 @@ class PositiveScores:
 
     def update(self, positives: FloatArray) -> None:
         """Add the scores of one frame's anomalous pixels (float, any order)."""
-        values, counts = np.unique(_sorted(positives), return_counts=True)
+        values, counts = np.unique(_sort(positives.ravel().copy()), return_counts=True)
         self._add(values, counts.astype(np.int64))
 
     def merge(self, other: 'PositiveScores') -> None:
@@ -261,7 +262,7 @@ class PixelCurve:
         collected = PositiveScores()
         collected.update(positives)
         counted = NegativeCounts(collected.result()[0])
-        counted.update(_sorted(negatives))
+        counted.update(_sort(negatives.ravel().copy()))
         return cls.from_counts(collected, counted)
 
     @property
