@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ``.onnx`` file is one model: its card lives in the ONNX metadata.
+"""
+One ``.onnx`` file is one model: its card lives in the ONNX metadata.
 
 The card says everything that a node or an evaluation needs to use the graph (classes, input size,
 normalisation, score, threshold, precision, provenance). It is stored as JSON under the metadata
@@ -33,7 +34,8 @@ _KNOWN_FIELDS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, _METADATA_FIELD, 20, 25, 26})
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model file says about itself.
+    """
+    What a model file says about itself.
 
     Attributes
     ----------
@@ -170,7 +172,8 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model file that has been read and found whole.
+    """
+    A model file that has been read and found whole.
 
     Attributes
     ----------
@@ -193,7 +196,8 @@ class ModelFile:
 
 
 def load_model_file(path: Path | str) -> ModelFile:
-    """Read a model file and check that it is whole, unedited and has a valid card.
+    """
+    Read a model file and check that it is whole, unedited and has a valid card.
 
     Raises
     ------

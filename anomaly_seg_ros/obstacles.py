@@ -13,7 +13,8 @@ REGIONS = ('everywhere', 'drivable')
 
 @dataclass(frozen=True)
 class ObstacleSettings:
-    """How a score map becomes obstacles.
+    """
+    How a score map becomes obstacles.
 
     Attributes
     ----------
@@ -49,7 +50,8 @@ class ObstacleSettings:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """One connected component of anomalous pixels.
+    """
+    One connected component of anomalous pixels.
 
     Attributes
     ----------
@@ -76,7 +78,8 @@ class Obstacle:
 def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
                    labels: np.ndarray | None = None, drivable: Sequence[int] = (),
                    out: np.ndarray | None = None) -> tuple[np.ndarray, tuple[Obstacle, ...]]:
-    """Threshold a score map and keep the components that are obstacles.
+    """
+    Threshold a score map and keep the components that are obstacles.
 
     Parameters
     ----------
@@ -141,7 +144,8 @@ class _Runs:
 
 
 def _find_runs(mask: np.ndarray, index: np.ndarray) -> _Runs:
-    """Split a mask (H, W) into runs; ``index`` int32 (H, W) tells their components.
+    """
+    Split a mask (H, W) into runs; ``index`` int32 (H, W) tells their components.
 
     There are far fewer runs than pixels, so that areas, boxes and centroids from runs cost a
     fraction of OpenCV's statistics, which visit every pixel.
@@ -195,7 +199,8 @@ def _erase(mask: np.ndarray, runs: _Runs) -> None:
 
 def drivable_hull(labels: np.ndarray | None, drivable: Sequence[int],
                   size_wh: tuple[int, int]) -> np.ndarray:
-    """Return the convex hull of the drivable pixels as uint8 (H, W), 1 inside, 2 px wider.
+    """
+    Return the convex hull of the drivable pixels as uint8 (H, W), 1 inside, 2 px wider.
 
     The two pixels make a component that only touches the hull count as inside.
     """
@@ -220,7 +225,8 @@ def drivable_hull(labels: np.ndarray | None, drivable: Sequence[int],
 
 
 def _row_extents(region: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first set column of each row of a mask (H, W), and the one after the last.
+    """
+    Return the first set column of each row of a mask (H, W), and the one after the last.
 
     Both are 0 in empty rows.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page to read first: one camera frame in, one detection out.
+"""
+The page to read first: one camera frame in, one detection out.
 
     frame -> preprocess -> network + score -> upsample -> obstacles -> Detection
 
@@ -11,12 +12,11 @@ on the image to the pixel.
 from dataclasses import dataclass, replace
 import time
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.backends import Backend
 from anomaly_seg_ros.obstacles import find_obstacles, Obstacle, ObstacleSettings
 from anomaly_seg_ros.preprocess import check_image, Preprocessor
+import cv2
+import numpy as np
 
 STAGES = ('preprocess', 'network', 'upsample', 'obstacles')
 
@@ -27,7 +27,8 @@ class BadOutput(RuntimeError):
 
 @dataclass(frozen=True)
 class Detection:
-    """The answer for one frame, at the camera's resolution.
+    """
+    The answer for one frame, at the camera's resolution.
 
     The arrays belong to the pipeline and are overwritten by its next call; ``copy`` keeps them.
 
@@ -59,7 +60,8 @@ class Detection:
 
 
 class Pipeline:
-    """One model on one device, with the settings that turn its score into obstacles.
+    """
+    One model on one device, with the settings that turn its score into obstacles.
 
     Attributes
     ----------
@@ -81,7 +83,8 @@ class Pipeline:
         self._mask = np.empty((0, 0), np.uint8)
 
     def __call__(self, image: np.ndarray, channel_order: str = 'rgb') -> Detection:
-        """Answer one frame.
+        """
+        Answer one frame.
 
         Parameters
         ----------

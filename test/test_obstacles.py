@@ -98,14 +98,15 @@ def test_a_component_does_not_wrap_around_the_image_edge() -> None:
 def test_writes_into_the_given_mask_and_clears_it() -> None:
     """``out`` is the mask returned, without anything of the frame before."""
     out = np.full((20, 30), 255, np.uint8)
-    mask, obstacles = find_obstacles(np.zeros((20, 30), np.float32), ObstacleSettings(1.0), out=out)
+    anomaly = np.zeros((20, 30), np.float32)
+    mask, obstacles = find_obstacles(anomaly, ObstacleSettings(1.0), out=out)
     assert mask is out
     assert not out.any()
     assert obstacles == ()
 
 
 def test_nan_is_never_an_obstacle() -> None:
-    """NaN compares false with everything."""
+    """Not a number compares false with everything."""
     anomaly = np.full((8, 8), np.nan, np.float32)
     anomaly[2:5, 2:5] = 1
     mask, obstacles = find_obstacles(anomaly, ObstacleSettings(0.5, 1))
@@ -126,7 +127,8 @@ def test_only_the_largest_are_described_but_the_mask_holds_all() -> None:
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('size_hw', [(120, 160), (240, 320), (300, 500)])
 def test_region_keeps_what_touches_the_drivable_hull(seed: int, size_hw: tuple[int, int]) -> None:
-    """Components that reach inside the hull stay, those over 4 px away from it go.
+    """
+    Components that reach inside the hull stay, those over 4 px away from it go.
 
     The reference tests pixels against the half-planes of scipy's hull in float64. In between, up
     to the 2 px by which the hull is widened and the rounding of its corners, both are right.
