@@ -40,6 +40,8 @@ from anomaly_seg_ros.synthetic.outliers import OUTLIER, paste_outliers
 
 INPUT_HW = (288, 512)
 STORED_HW = (360, 640)
+# Most steps see crops, which cost less; the last quarter sees whole frames.
+CROP_HW = (224, 384)
 # Rendered as large as a camera's frame or smaller, then scaled as the pipeline does, so that the
 # aliasing of that scaling is part of training.
 RENDERED_HW = ((360, 640), (540, 960), (720, 1280))
@@ -87,9 +89,10 @@ class Augmenter:
         self._images, self._labels = images, labels
         self._rng = np.random.default_rng([seed, 5])
 
-    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self, size: int, output_hw: tuple[int, int]
+              ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return normalised images (N, 3, H, W), labels (N, H/2, W/2), outlier marks alike."""
-        samples = [self._sample() for _ in range(size)]
+        samples = [self._sample(output_hw) for _ in range(size)]
         x = torch.from_numpy(np.stack([s[0] for s in samples])).float().div_(255)
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (RoadNet.mean, RoadNet.std))
@@ -97,17 +100,18 @@ class Augmenter:
         marks = torch.from_numpy(np.stack([s[2] for s in samples])).long()
         return (x - mean) / std, y, marks
 
-    def _sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _sample(self, output_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = self._rng
         k = int(rng.integers(len(self._images)))
         image, labels = self._images[k], self._labels[k]
         h, w = STORED_HW
-        if rng.random() < 0.5:
-            zoom = rng.uniform(0.62, 1.0)
-            ch, cw = int(h * zoom), int(w * zoom)
-            y, x = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
-            image, labels = image[y:y + ch, x:x + cw], labels[y:y + ch, x:x + cw]
-        wh = (INPUT_HW[1], INPUT_HW[0])
+        # The pipeline shows the network all of a frame at INPUT_HW; a zoom of 1 is that scale.
+        zoom = rng.uniform(0.8, 1.5) if rng.random() < 0.6 else 1.0
+        ch = min(round(output_hw[0] * h / INPUT_HW[0] / zoom), h)
+        cw = min(round(ch * output_hw[1] / output_hw[0]), w)
+        y, x = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
+        image, labels = image[y:y + ch, x:x + cw], labels[y:y + ch, x:x + cw]
+        wh = (output_hw[1], output_hw[0])
         image = cv2.resize(image, wh, interpolation=cv2.INTER_LINEAR)
         labels = cv2.resize(labels, wh, interpolation=cv2.INTER_NEAREST_EXACT)
         if rng.random() < 0.5:
@@ -164,12 +168,14 @@ def train(options: argparse.Namespace, log: dict[str, Any]) -> RoadNet:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps,
                                                    pct_start=0.05)
     average = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998),
+        network, avg_fn=lambda old, new, done: old + (new - old) * max(0.003, 1 / (done + 1)),
         use_buffers=True)
     source = Augmenter(images, labels, options.seed)
     started = time.perf_counter()
     for step in range(1, options.steps + 1):
-        x, y, marks = source.batch(options.batch)
+        progress = step / options.steps
+        whole = progress > 0.75
+        x, y, marks = source.batch(options.batch, INPUT_HW if whole else CROP_HW)
         with torch.autocast('cpu', torch.bfloat16):
             logits = network(x)
         segmentation, outlier = losses(logits.float(), y, marks, weights)
@@ -300,11 +306,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--seed', type=int, default=1, help='seed of weights and sampling')
-    parser.add_argument('--steps', type=int, default=7000, help='optimiser steps')
+    parser.add_argument('--steps', type=int, default=4000, help='optimiser steps')
     parser.add_argument('--batch', type=int, default=8, help='images per step')
     parser.add_argument('--lr', type=float, default=4e-3, help='highest learning rate')
     parser.add_argument('--outlier-weight', type=float, default=0.35)
-    parser.add_argument('--scenes', type=int, default=4000, help='training scenes to render')
+    parser.add_argument('--scenes', type=int, default=2400, help='training scenes to render')
     parser.add_argument('--first-scene', type=int, default=100000, help='seed of the first scene')
     parser.add_argument('--workers', type=int, default=2, help='rendering processes')
     parser.add_argument('--threads', type=int, default=2, help='torch threads')

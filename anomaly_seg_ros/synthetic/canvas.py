@@ -81,6 +81,19 @@ class Canvas:
             cv2.fillConvexPoly(self.labels, points, float(label), cv2.LINE_8, _SHIFT)
             cv2.fillConvexPoly(self.depth_m, points, float(depth_m), cv2.LINE_8, _SHIFT)
 
+    def polygons(self, uv: Array, colours: Array, label: int, depth_m: float) -> None:
+        """Fill convex polygons ``uv`` (k, n, 2) in order; ``colours`` (k, 3)."""
+        h, w = self.view.size_hw
+        low, high = uv.min((0, 1)), uv.max((0, 1))
+        if high[0] < 0 or high[1] < 0 or low[0] > w or low[1] > h:
+            return
+        points = np.clip(uv, -_FAR_PX, _FAR_PX) * (1 << _SHIFT) - (1 << _SHIFT) / 2
+        fixed = np.rint(points).astype(np.int32)
+        for corners, colour in zip(fixed, np.clip(colours, 0, 255).tolist(), strict=True):
+            cv2.fillConvexPoly(self.rgb, corners, colour, cv2.LINE_AA, _SHIFT)
+            cv2.fillConvexPoly(self.labels, corners, label, cv2.LINE_8, _SHIFT)
+            cv2.fillConvexPoly(self.depth_m, corners, depth_m, cv2.LINE_8, _SHIFT)
+
     def solid(self, points: Array, colour: Array | Colour, label: int | None) -> None:
         """Fill a flat convex polygon of local points (n, 3), clipped at the near plane."""
         camera = clip_near(self.view.to_camera(points))
@@ -150,11 +163,13 @@ class Canvas:
         cv2.copyTo((1.0 / inv_depth).astype(np.float32), mask, self.depth_m[area])
 
     def sprite(self, foot: Array, height_m: float, mips: list[Array], tint: Array, label: int,
-               mirrored: bool = False, sink: float = 0.0) -> None:
+               mirrored: bool = False, sink: float = 0.0, ragged: bool = False) -> None:
         """Paint an upright sprite whose bottom centre stands at local point ``foot`` (3,).
 
         ``mips`` are premultiplied uint8 RGBA, ``tint`` RGB light factors (3,), ``sink`` the
-        fraction of the sprite below ``foot``. Pixels with alpha of at least 50 % get ``label``.
+        fraction of the sprite below ``foot``. Pixels with alpha of at least 50 % get ``label``;
+        for a ``ragged`` sprite, such as foliage, its outline is smoothed first, as a person
+        labelling it would.
         """
         camera = self.view.to_camera(foot)
         z = float(camera[2])
@@ -190,6 +205,9 @@ class Canvas:
         keep = cv2.cvtColor(255 - alpha, cv2.COLOR_GRAY2RGB)
         under = cv2.multiply(self.rgb[area], keep, scale=1 / 255.0)
         self.rgb[area] = cv2.add(under, np.ascontiguousarray(patch[..., :3]))
+        if ragged:
+            reach = max(3, round(height / 45))
+            alpha = cv2.blur(alpha, (reach, reach))
         solid = alpha > 127
         self.labels[area][solid] = label
         self.depth_m[area][solid] = z

@@ -130,10 +130,13 @@ def paint_mesh(canvas: Canvas, mesh: Mesh, foot: Array, rotation: Array, label: 
         share = mesh.gloss[keep, None]
         colours = colours * (1 - share) + sky * share
     distance = max(middle, NEAR_M)
-    flat = view.to_image(np.maximum(camera, (-np.inf, -np.inf, NEAR_M)))
-    for k in np.argsort(bias - depth):
-        uv = flat[k] if nearest[k] > NEAR_M else view.project(world[k])
-        canvas.polygon(uv, colours[k], label, distance)
+    order = np.argsort(bias - depth)
+    whole = nearest[order] > NEAR_M
+    if whole.all():
+        canvas.polygons(view.to_image(camera[order]), colours[order], label, distance)
+    else:
+        for k in order:
+            canvas.polygon(view.project(world[k]), colours[k], label, distance)
     if light.lamps:
         for x, y, z, radius, *colour in mesh.lamps:
             point = rotation @ np.array([x, y, z]) + foot

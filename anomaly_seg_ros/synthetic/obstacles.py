@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from anomaly_seg_ros.synthetic.camera import NEAR_M
 from anomaly_seg_ros.synthetic.canvas import Canvas, OBSTACLE
 from anomaly_seg_ros.synthetic.meshes import Mesh, MeshBuilder, paint_mesh, yaw_matrix
-from anomaly_seg_ros.synthetic.textures import inflate, mip_levels, noise_crop
+from anomaly_seg_ros.synthetic.textures import blend, inflate, mip_levels, noise_crop
 from anomaly_seg_ros.synthetic.world import Item
 
 Array = NDArray[np.generic]
@@ -25,7 +25,7 @@ Rng = np.random.Generator
 
 
 def _planks(rng: Rng) -> Array:
-    image = np.full((128, 128, 3), rng.uniform((150, 108, 62), (196, 150, 96)), np.float32)
+    image = np.full((128, 128, 3), blend(rng, (150, 108, 62), (196, 150, 96)), np.float32)
     boards = rng.integers(4, 7)
     for k in range(boards):
         rows = slice(k * 128 // boards, (k + 1) * 128 // boards)
@@ -52,7 +52,7 @@ def _cardboard(rng: Rng) -> Array:
 
 
 def _upholstery(rng: Rng) -> Array:
-    base = rng.uniform((70, 20, 40), (150, 110, 150))
+    base = blend(rng, (70, 20, 40), (150, 110, 150))
     image = np.full((128, 128, 3), base, np.float32)
     image *= 1 + 0.08 * noise_crop(rng, 128, 128, 0.2)[..., None]
     for y in range(16, 128, 32):
@@ -73,7 +73,7 @@ def _plaid(rng: Rng) -> Array:
 
 def _rust(rng: Rng) -> Array:
     spots = noise_crop(rng, 128, 128, 1.3)[..., None]
-    metal = np.array(rng.uniform((60, 90, 70), (150, 150, 150)), np.float32)
+    metal = np.array(blend(rng, (60, 90, 70), (150, 150, 150)), np.float32)
     image = np.where(spots > 0.4, np.array((138, 70, 34), np.float32), metal)
     image[30:36] *= 0.6
     image[92:98] *= 0.6
@@ -89,7 +89,7 @@ def _enamel(rng: Rng) -> Array:
 
 
 def _quilt(rng: Rng) -> Array:
-    base = rng.uniform((170, 160, 150), (226, 222, 226))
+    base = blend(rng, (170, 160, 150), (226, 222, 226))
     y, x = np.mgrid[0:128, 0:128]
     relief = np.abs(np.sin((x + y) * math.pi / 32)) * np.abs(np.sin((x - y) * math.pi / 32))
     return (base * (0.72 + 0.35 * relief[..., None] ** 0.4)).astype(np.float32)
@@ -168,7 +168,7 @@ def _log_pile(rng: Rng) -> Mesh:
     places = ((-.3, .17), (.08, .16), (-.1, .46)) if rng.random() < 0.6 else ((0.0, .2),)
     for z, y in places:
         radius, half = rng.uniform(0.14, 0.19), rng.uniform(0.7, 1.2)
-        bark = rng.uniform((70, 50, 36), (110, 84, 60))
+        bark = blend(rng, (70, 50, 36), (110, 84, 60))
         rings = [(X * x + Y * y + Z * z, radius * rng.uniform(0.95, 1.05), Y, Z)
                  for x in (-half, -half / 3, half / 3, half)]
         tints = rng.uniform(0.75, 1.15, (4, 9))
@@ -195,7 +195,7 @@ def _boulder(rng: Rng) -> Mesh:
             grid[k, j] = (1.15 * r * math.sin(polar) * math.cos(turn),
                           max(0.72 * r * math.cos(polar) + size * 0.42, 0.0),
                           r * math.sin(polar) * math.sin(turn))
-    stone = rng.uniform((112, 106, 98), (156, 148, 138))
+    stone = blend(rng, (112, 106, 98), (156, 148, 138))
     for k in range(rings):
         for j in range(sides):
             quad = np.array([grid[k, j], grid[k, j + 1], grid[k + 1, j + 1], grid[k + 1, j]])
@@ -216,7 +216,7 @@ def _ball(rng: Rng) -> Mesh:
 
 def _chair(rng: Rng) -> Mesh:
     build = MeshBuilder()
-    colour = rng.uniform((40, 20, 10), (220, 190, 160))
+    colour = blend(rng, (40, 20, 10), (220, 190, 160))
     dark = tuple(colour * 0.7)
     for x in (-.22, .18):
         for z in (-.2, .16):
@@ -231,7 +231,7 @@ def _chair(rng: Rng) -> Mesh:
 
 def _table(rng: Rng) -> Mesh:
     build = MeshBuilder()
-    wood = rng.uniform((110, 70, 40), (190, 140, 96))
+    wood = blend(rng, (110, 70, 40), (190, 140, 96))
     build.box((-.8, .70, -.45), (.8, .76, .45), tuple(wood))
     for x in (-.74, .66):
         for z in (-.4, .32):
@@ -241,7 +241,7 @@ def _table(rng: Rng) -> Mesh:
 
 def _pallet(rng: Rng) -> Mesh:
     build = MeshBuilder()
-    wood = rng.uniform((140, 108, 70), (190, 158, 112))
+    wood = blend(rng, (140, 108, 70), (190, 158, 112))
     for z in (-.55, -.06, .43):
         build.box((-.6, 0, z), (.6, .1, z + .12), tuple(wood * 0.7))
     for x in np.arange(-.6, .55, .2):
@@ -260,7 +260,7 @@ def _debris(rng: Rng) -> Mesh:
         centre = np.array([at[0], 0.12 + abs(rng.normal(0, 0.1)), at[1]])
         quad = np.array([centre - a - b, centre + a - b, centre + a + b, centre - a + b])
         quad[:, 1] = np.maximum(quad[:, 1], 0.01)
-        colour = rng.uniform((120, 110, 100), (205, 190, 170)) * rng.uniform(0.5, 1.1)
+        colour = blend(rng, (120, 110, 100), (205, 190, 170)) * rng.uniform(0.5, 1.1)
         for side in (-0.3, 0.3):
             normal = np.cross(a, b)
             normal /= max(float(np.linalg.norm(normal)), 1e-6)

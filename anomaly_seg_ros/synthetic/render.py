@@ -20,6 +20,9 @@ from anomaly_seg_ros.synthetic.world import Item, World
 
 Array = NDArray[np.generic]
 UP = np.array([0.0, 1.0, 0.0])
+# Distance from which things are drawn, metres; thin ones would be under a pixel or two before.
+_SEEN_TO_M = {'house': 260.0, 'tree': 260.0, 'lamp': 95.0, 'sign': 95.0, 'signal': 95.0,
+              'delineator': 70.0, 'person': 110.0}
 _TURN = np.arange(12) * (math.pi / 6)
 _CIRCLE = np.stack([np.cos(_TURN), np.zeros(12), np.sin(_TURN)], 1)
 _SQUIRCLE = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.5
@@ -70,37 +73,44 @@ def _visible(world: World, view: View, time_s: float) -> list[tuple[float, Item]
     for item in world.items:
         near = item.at(time_s) - here
         far = near + item.size[0]
-        if far > -6 and near < (260 if item.kind in ('house', 'tree') else 170):
+        if -6 < far and near < _SEEN_TO_M.get(item.kind, 170.0):
             found.append((far, item))
     return found
 
 
-def _sky_colour(canvas: Canvas, rays: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
+def _sky_colour(canvas: Canvas, rays: tuple[NDArray[np.float32], ...]) -> NDArray[np.uint8]:
+    """Return the sky along rays, uint8 RGB: gradient, glow about the sun, clouds."""
     light = canvas.light
     x, y, z = rays
-    length = np.sqrt(x * x + y * y + z * z)
-    up = np.clip(y / length, 0.0, 1.0)
-    blend = np.sqrt(up)[..., None]
-    blend = np.clip(blend * 1.25, 0, 1)
-    sky = (light.horizon_rgb * (1 - blend) + light.zenith_rgb * blend).astype(np.float32)
-    toward = np.clip((x * light.sun[0] + y * light.sun[1] + z * light.sun[2]) / length, 0, 1)
-    glow = 0.5 * toward ** 8 + 0.9 * toward ** 90 + 2.0 * (toward > 0.9993)
-    strength = light.sun_rgb * (1 - 0.8 * light.cloud_cover)
-    sky += (glow[..., None] * strength).astype(np.float32)
-    if light.cloud_cover > 0.02:
-        plane = 1.0 / np.maximum(up + 0.06, 0.06)
-        map_x = (x / length * plane * 70 + light.cloud_seed % 511).astype(np.float32)
-        map_y = (z / length * plane * 70 + light.cloud_seed % 379).astype(np.float32)
-        tile = noise_tile(4 + light.cloud_seed % 4, 512, 1.65)
-        cloud = cv2.remap(tile, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-        cover = np.clip((cloud + 2.2 * light.cloud_cover - 1.0) * 0.9, 0, 1)
-        cover *= np.clip(up * 9, 0.12, 1) * 0.9
-        bright = light.ambient_rgb * 1.12 + 0.42 * light.sun_rgb
-        shadow = light.ambient_rgb * 0.92 + 0.08 * light.sun_rgb
-        mix = np.clip(0.9 - 0.28 * cloud, 0, 1)[..., None]
-        colour = (bright * mix + shadow * (1 - mix)).astype(np.float32)
-        sky += (colour - sky) * cover[..., None].astype(np.float32)
-    return sky
+    inverse = 1 / np.sqrt(x * x + y * y + z * z)
+    up = np.clip(y * inverse, 0.0, 1.0)
+    blend = np.minimum(np.sqrt(up) * np.float32(1.25), 1)
+    sun = light.sun.astype(np.float32)
+    toward = np.clip((x * sun[0] + y * sun[1] + z * sun[2]) * inverse, 0, 1)
+    wide = toward * toward
+    wide *= wide
+    wide *= wide  # power 8
+    tight = wide ** np.float32(11)
+    glow = np.float32(0.4) * wide + np.float32(0.9) * tight + 2.0 * (toward > 0.9993)
+    glow *= np.float32(1 - 0.8 * light.cloud_cover)
+    plane = inverse / (np.maximum(up, 0) + np.float32(0.06)) * np.float32(70)
+    cloud = cv2.remap(noise_tile(4 + light.cloud_seed % 4, 512, 1.65),
+                      x * plane + np.float32(light.cloud_seed % 511),
+                      z * plane + np.float32(light.cloud_seed % 379),
+                      cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
+    cover = np.clip((cloud + np.float32(2.2 * light.cloud_cover - 1.0)) * np.float32(0.9), 0, 1)
+    cover *= np.clip(up * 9, 0.12, 1) * np.float32(0.9)
+    mix = np.clip(np.float32(0.9) - np.float32(0.28) * cloud, 0, 1)
+    planes = []
+    for c in range(3):
+        low, high = light.horizon_rgb[c], light.zenith_rgb[c]
+        sky = blend * np.float32(high - low) + np.float32(low)
+        sky += glow * np.float32(light.sun_rgb[c])
+        bright = light.ambient_rgb[c] * 1.12 + 0.42 * light.sun_rgb[c]
+        shadow = light.ambient_rgb[c] * 0.92 + 0.08 * light.sun_rgb[c]
+        sky += (mix * np.float32(bright - shadow) + np.float32(shadow) - sky) * cover
+        planes.append(np.clip(sky * np.float32(255), 0, 255).astype(np.uint8))
+    return cv2.merge(planes)
 
 
 def _paint_sky(canvas: Canvas, world: World) -> None:
@@ -113,7 +123,7 @@ def _paint_sky(canvas: Canvas, world: World) -> None:
                  view.centre_uv[1] / 2, world.heading_s, world.heading_rad)
     sky = _sky_colour(canvas, small.rays())
     sky = cv2.resize(sky, (w, bottom), interpolation=cv2.INTER_LINEAR)
-    canvas.rgb[:bottom] = np.clip(sky * 255, 0, 255)
+    canvas.rgb[:bottom] = sky
     canvas.labels[:bottom] = w_.SKY
     # Hazy tree line or roofs far away, by compass direction.
     heading = float(np.interp(view.pose.s, world.heading_s, world.heading_rad))
@@ -166,46 +176,57 @@ def _paint_ground(canvas: Canvas, world: World, time_s: float) -> None:
         # One table row per level: the look-up interpolates between levels as well.
         return cv2.remap(tables, map_d, level, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
-    colour, strength, marks = look_up(ground.colour), look_up(ground.noise), look_up(ground.marks)
+    strength = cv2.split(look_up(ground.noise))
+    marks = cv2.split(look_up(ground.marks))
     grain = np.ones_like(dist)
-    for k, (scale, seed, beta) in enumerate(((55.0, 0, 0.25), (9.0, 1, 1.0), (1.1, 2, 1.3))):
-        tile = noise_tile(seed, 512, beta)
+    for k, (scale, beta) in enumerate(((55.0, 0.25), (9.0, 1.0), (1.1, 1.3))):
         stretch = 0.6 if k else 1.0
-        sampled = cv2.remap(tile, np.mod(d * np.float32(scale), np.float32(512)),
-                            np.mod(s * np.float32(scale * stretch), np.float32(512)),
-                            cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-        fade = 1 / (1 + (along_px * np.float32(scale * stretch / 3)) ** 2)
-        grain += sampled * strength[..., k] * fade
-    colour *= grain[..., None]
-
-    def pulse(period: float, on: float, width: NDArray[np.float32]) -> NDArray[np.float32]:
-        # Share of the pixel's footprint covered by a pulse train along s.
-        phase = np.mod(s, np.float32(period))
-        soft = np.clip((on / 2 - np.abs(phase - period / 2)) / width + 0.5, 0, 1)
-        mean = np.clip(width / period - 0.5, 0, 1)
-        return soft * (1 - mean) + np.float32(on / period) * mean
-
+        sampled = _wrapped(noise_tile(k, 512, beta), d, s, scale, scale * stretch)
+        fade = along_px * np.float32(scale * stretch / 3)
+        fade *= fade
+        fade += 1
+        sampled *= strength[k]
+        sampled /= fade
+        grain += sampled
     width = np.maximum(along_px, np.float32(0.02))
-    joints = marks[..., 1] * pulse(ground.slab_m, 0.04, width)
-    colour *= (1 - joints)[..., None]
-    paint = marks[..., 0] * pulse(ground.dash_period_m, ground.dash_length_m, width)
+
+    def pulse(period: float, on: float) -> NDArray[np.float32]:
+        # Share of the pixel's footprint covered by a pulse train along s.
+        soft = _modulo(s, period)
+        soft -= period / 2
+        np.abs(soft, out=soft)
+        soft -= on / 2 + 0.5 * width
+        soft /= -width
+        np.clip(soft, 0, 1, out=soft)
+        mean = np.clip(width / np.float32(period) - np.float32(0.5), 0, 1)
+        soft += (np.float32(on / period) - soft) * mean
+        return soft
+
+    paint = marks[0] * pulse(ground.dash_period_m, ground.dash_length_m)
     for at in ground.crossings_s:
         if -4 < at - view.pose.s < 120:
-            zebra = np.clip((1.7 - np.abs(s - at)) / width + 0.5, 0, 1)
-            paint = np.maximum(paint * (1 - zebra), marks[..., 2] * zebra)
-    paint *= np.clip(0.9 + 0.3 * (grain - 1) * 3, 0.4, 1)
-    colour += (np.array(ground.mark_rgb, np.float32) - colour) * paint[..., None]
+            zebra = np.clip((np.float32(1.7) - np.abs(s - np.float32(at))) / width
+                            + np.float32(0.5), 0, 1)
+            paint = np.maximum(paint * (1 - zebra), marks[2] * zebra)
+    paint *= np.clip(grain * np.float32(0.9), 0.4, 1)
+    grain *= 1 - marks[1] * pulse(ground.slab_m, 0.04)
+    grain *= 1 - paint
     labels = ground.labels[map_d.astype(np.int32)]
 
-    shadow = _ground_shadow(canvas, world, time_s, row0)
-    lit = (light.sun_rgb * max(light.sun[1], 0.0) + light.ambient_rgb).astype(np.float32)
-    dark = light.ambient_rgb.astype(np.float32)
-    factor = dark + (lit - dark) * shadow[0][..., None]
-    colour *= factor * shadow[1][..., None]
-    if light.wet > 0:
-        colour += _reflection(canvas, row0, labels, s, d, dist, light.wet)
-    np.clip(colour, 0, 255, out=colour)
-    cv2.copyTo(colour.astype(np.uint8), below.astype(np.uint8), canvas.rgb[row0:])
+    sunlit, contact = _ground_shadow(canvas, world, time_s, row0)
+    mirror = _mirror_share(labels, s, d, dist, light.wet) if light.wet > 0 else None
+    # Channel by channel: arrays of whole planes are what numpy and OpenCV are fast at.
+    planes = list(cv2.split(look_up(ground.colour)))
+    for c, plane in enumerate(planes):
+        plane *= grain
+        plane += paint * np.float32(ground.mark_rgb[c])
+        dark = float(light.ambient_rgb[c])
+        plane *= sunlit * np.float32(light.sun_rgb[c] * max(light.sun[1], 0.0)) + np.float32(dark)
+        plane *= contact
+        if mirror is not None:
+            plane += mirror * np.float32(255 * light.horizon_rgb[c])
+    colour = np.clip(cv2.merge(planes), 0, 255).astype(np.uint8)
+    cv2.copyTo(colour, below.astype(np.uint8), canvas.rgb[row0:])
     cv2.copyTo(labels, below.astype(np.uint8), canvas.labels[row0:])
     cv2.copyTo(dist, below.astype(np.uint8), canvas.depth_m[row0:])
     for at, outline, decal in world.decals:
@@ -300,18 +321,29 @@ def _ground_shadow(canvas: Canvas, world: World, time_s: float, row0: int
     return out[0], out[1]
 
 
-def _reflection(canvas: Canvas, row0: int, labels: NDArray[np.uint8], s: Array, d: Array,
-                dist: Array, wet: float) -> NDArray[np.float32]:
-    """Return light that wet ground mirrors from the sky, float32 RGB, 0 to 255."""
-    light = canvas.light
-    tile = noise_tile(3, 512, 1.5)
-    puddle = cv2.remap(tile, np.mod(d * np.float32(14), np.float32(512)),
-                       np.mod(s * np.float32(9), np.float32(512)), cv2.INTER_LINEAR,
-                       borderMode=cv2.BORDER_WRAP)
-    grazing = np.clip(dist / 45, 0.06, 0.55)
-    share = grazing * (0.45 + 0.35 * np.clip(puddle, -1, 1.4)) * wet
-    share *= (labels <= w_.SIDEWALK)
-    return share[..., None] * (255 * light.horizon_rgb).astype(np.float32)
+def _mirror_share(labels: NDArray[np.uint8], s: NDArray[np.float32], d: NDArray[np.float32],
+                  dist: NDArray[np.float32], wet: float) -> NDArray[np.float32]:
+    """Return the share of sky light that wet ground mirrors, float32, 0 to 1."""
+    puddle = _wrapped(noise_tile(3, 512, 1.5), d, s, 14.0, 9.0)
+    share = np.clip(dist / np.float32(45), 0.06, 0.55)
+    share *= np.clip(puddle, -1, 1.4) * np.float32(0.35) + np.float32(0.45)
+    share *= np.float32(wet)
+    share[labels > w_.SIDEWALK] = 0
+    return share
+
+
+def _wrapped(tile: NDArray[np.float32], d: NDArray[np.float32], s: NDArray[np.float32],
+             per_m_d: float, per_m_s: float) -> NDArray[np.float32]:
+    """Sample a periodic tile at ``per_m_*`` texels per metre of d and s."""
+    size = tile.shape[0]
+    return cv2.remap(tile, _modulo(d * np.float32(per_m_d), size),
+                     _modulo(s * np.float32(per_m_s), size), cv2.INTER_LINEAR,
+                     borderMode=cv2.BORDER_WRAP)
+
+
+def _modulo(x: NDArray[np.float32], period: float) -> NDArray[np.float32]:
+    # Twenty times as fast as np.mod.
+    return x - np.floor(x * np.float32(1 / period)) * np.float32(period)
 
 
 def _tint(canvas: Canvas, normal: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -388,7 +420,7 @@ def _paint_tree(canvas: Canvas, world: World, item: Item, time_s: float) -> None
     light = canvas.light
     tint = light.ambient_rgb * 1.02 + light.sun_rgb * (0.72 - 0.25 * light.sun[2])
     canvas.sprite(canvas.view.local(item.s, item.d), item.size[2], mips, tint, w_.VEGETATION,
-                  mirrored=light.sun[0] > 0, sink=0.01)
+                  mirrored=light.sun[0] > 0, sink=0.01, ragged=True)
 
 
 def _paint_person(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
@@ -429,7 +461,7 @@ def _paint_lamp(canvas: Canvas, world: World, item: Item, time_s: float) -> None
     side = -math.copysign(1, item.d)
     height = item.size[2]
     grey = (92, 96, 100)
-    _post(canvas, foot, height, 0.15, grey, w_.POLE)
+    _post(canvas, foot, height, 0.18, grey, w_.POLE)
     light = _tint(canvas, UP)
     arm = foot + np.array([(0, height, 0), (side * 1.5, height + .25, 0),
                            (side * 1.5, height + .13, 0), (0, height - .16, 0)])
@@ -448,7 +480,7 @@ def _paint_sign(canvas: Canvas, world: World, item: Item, time_s: float) -> None
     if foot[2] < 0.6:
         return
     height = item.size[2]
-    _post(canvas, foot, height, 0.09, (124, 126, 128), w_.POLE)
+    _post(canvas, foot, height, 0.11, (124, 126, 128), w_.POLE)
     kind = item.seed % 5
     light = np.minimum(_tint(canvas, np.array([0.0, 0.3, -0.954])) + 0.12, 1.1)
     centre = foot + (0, height + 0.1, -0.04)
@@ -490,7 +522,7 @@ def _paint_signal(canvas: Canvas, world: World, item: Item, time_s: float) -> No
     foot = view.local(item.s, item.d)
     if foot[2] < 0.6:
         return
-    _post(canvas, foot, item.size[2], 0.13, (84, 88, 92), w_.POLE)
+    _post(canvas, foot, item.size[2], 0.15, (84, 88, 92), w_.POLE)
     light = _tint(canvas, np.array([0.0, 0.0, -1.0]))
     base = foot + (0, item.size[2] - 0.9, -0.12)
     box = np.array([(-.19, 0, 0), (.19, 0, 0), (.19, 1.0, 0), (-.19, 1.0, 0)])
@@ -561,12 +593,15 @@ def _photograph(canvas: Canvas, rng: np.random.Generator) -> NDArray[np.uint8]:
     haze = np.exp(np.arange(0, 512, dtype=np.float32) * np.float32(-light.fog_per_m))
     index = np.minimum(canvas.depth_m, 511)
     through = cv2.remap(haze[None], index, np.zeros_like(index), cv2.INTER_LINEAR)
-    through = cv2.merge([through, through, through])
-    image = canvas.rgb.astype(np.float32)
     fog = tuple(float(c) for c in 255 * light.horizon_rgb)
-    image -= np.array(fog, np.float32)
-    image *= through
-    image += np.array(fog, np.float32)
+    planes = []
+    for c, plane in enumerate(cv2.split(canvas.rgb)):
+        clear = plane.astype(np.float32)
+        clear -= np.float32(fog[c])
+        clear *= through
+        clear += np.float32(fog[c])
+        planes.append(clear)
+    image = cv2.merge(planes)
     if canvas.lamps:
         _bloom(canvas, image)
     if light.rain > 0:
@@ -584,7 +619,8 @@ def _photograph(canvas: Canvas, rng: np.random.Generator) -> NDArray[np.uint8]:
     grain = np.take(np.take(tile, np.arange(offset, offset + h) % 512, 0),
                     np.arange(3 * offset, 3 * offset + w) % 512, 1)
     colour = np.roll(grain, int(rng.integers(1, w)), 1)
-    image += cv2.merge([grain, (grain + colour) * np.float32(0.7), colour]) * np.float32(size)
+    grain, colour = grain * np.float32(size), colour * np.float32(size)
+    image += cv2.merge([grain, (grain + colour) * np.float32(0.7), colour])
     np.clip(image, 0, 255, out=image)
     tone = np.arange(256, dtype=np.float32) / 255
     tone = tone + 0.10 * np.sin((tone - 0.5) * 2 * math.pi) * 0.6  # gentle contrast curve
@@ -620,7 +656,7 @@ def _rain(image: NDArray[np.float32], amount: float, rng: np.random.Generator) -
         length = int(rng.uniform(0.015, 0.05) * h)
         cv2.line(veil, (u, v), (u + length // 8, v + length), int(rng.integers(10, 38)), 1,
                  cv2.LINE_AA)
-    image += veil[..., None].astype(np.float32)
+    image += cv2.cvtColor(veil, cv2.COLOR_GRAY2RGB)
 
 
 def make_view(world: World, pose: Pose, size_hw: tuple[int, int], focal: float,

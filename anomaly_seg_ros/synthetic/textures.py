@@ -52,6 +52,14 @@ def mip_levels(texture: Array, smallest: int = 4) -> list[Array]:
     return levels
 
 
+def blend(rng: np.random.Generator, low: tuple[float, ...], high: tuple[float, ...]
+          ) -> NDArray[np.float32]:
+    """Return a colour between two, with a slight cast of its own, float32 RGB."""
+    share = rng.random()
+    colour = np.array(low) * (1 - share) + np.array(high) * share
+    return (colour * rng.uniform(0.96, 1.04, 3)).astype(np.float32)
+
+
 FACADE_COLOURS = (
     (201, 183, 156), (186, 164, 140), (214, 203, 186), (160, 92, 74), (142, 78, 62),
     (176, 176, 170), (150, 158, 160), (221, 207, 164), (196, 150, 112), (128, 122, 118),
@@ -74,7 +82,7 @@ def facade(seed: int, width_m: float, height_m: float, pixels_per_m: int = 22
     floor_px = int(rng.uniform(2.8, 3.5) * pixels_per_m)
     bay_px = int(rng.uniform(1.9, 3.4) * pixels_per_m)
     win_w, win_h = int(bay_px * rng.uniform(0.38, 0.62)), int(floor_px * rng.uniform(0.45, 0.62))
-    glass = np.array(rng.uniform((45, 55, 65), (85, 100, 115)), np.float32)
+    glass = blend(rng, (42, 50, 58), (88, 104, 120))
     frame = np.full(3, rng.choice([235, 225, 70, 120]), np.float32)
     day = wall
     night = wall.copy()
@@ -89,7 +97,7 @@ def facade(seed: int, width_m: float, height_m: float, pixels_per_m: int = 22
         ground = floor == 0
         if ground and shop:
             y0, y1 = h - int(0.8 * floor_px), h - int(0.1 * floor_px)
-            band = np.array(rng.uniform(40, 190, 3), np.float32)
+            band = blend(rng, FACADE_COLOURS[rng.integers(len(FACADE_COLOURS))], (50, 60, 70)) * 0.8
             for image in (day, night):
                 image[h - floor_px:y0] = band
                 image[y0:y1, 8:w - 8] = glass * 0.8
@@ -146,7 +154,7 @@ def surface_mips(kind: str, seed: int) -> list[Array]:
     rng = np.random.default_rng([seed, 31])
     h, w = 64, 256
     if kind == 'brick':
-        image = np.full((h, w, 3), rng.uniform((120, 62, 48), (168, 104, 84)), np.float32)
+        image = np.full((h, w, 3), blend(rng, (120, 62, 48), (168, 104, 84)), np.float32)
         for row in range(0, h, 8):
             image[row:row + 8] *= rng.uniform(0.86, 1.1, (1, w // 16, 1)).repeat(16, 1)
             image[row] = (165, 158, 148)
@@ -156,11 +164,11 @@ def surface_mips(kind: str, seed: int) -> list[Array]:
         image *= np.linspace(1.05, 0.82, h)[:, None, None]
         image[:5] *= 0.75
     elif kind == 'hedge':
-        base = np.array(rng.uniform((42, 74, 30), (70, 104, 44)), np.float32)
+        base = blend(rng, (42, 74, 30), (70, 104, 44))
         image = base * (1 + 0.32 * noise_crop(rng, h, w, 0.5)[..., None])
         image *= np.linspace(1.3, 0.6, h)[:, None, None]
     elif kind == 'planks':
-        image = np.full((h, w, 3), rng.uniform((120, 96, 70), (188, 168, 140)), np.float32)
+        image = np.full((h, w, 3), blend(rng, (120, 96, 70), (188, 168, 140)), np.float32)
         image *= rng.uniform(0.82, 1.12, (1, w // 8, 1)).repeat(8, 1)
         image[:, ::8] *= 0.35
     else:
@@ -184,11 +192,11 @@ def foliage_sprite(kind: str, seed: int) -> list[Array]:
     h, w = 320, 256
     rgb = np.zeros((h, w, 3), np.float32)
     alpha = np.zeros((h, w), np.uint8)
-    leaf = np.array(rng.uniform((48, 78, 26), (98, 124, 52)), np.float32)
+    leaf = blend(rng, (48, 78, 26), (98, 124, 52))
     if rng.random() < 0.14:
-        leaf = np.array(rng.uniform((120, 84, 28), (168, 116, 46)), np.float32)  # autumn
+        leaf = blend(rng, (120, 84, 28), (168, 116, 46))  # autumn
     if kind != 'bush':
-        bark = np.array(rng.uniform((58, 44, 34), (98, 84, 70)), np.float32)
+        bark = blend(rng, (58, 44, 34), (98, 84, 70))
         girth = rng.uniform(5, 9)
         trunk = np.array([[w / 2 - girth, h], [w / 2 + girth, h], [w / 2 + girth * 0.5, h * 0.4],
                           [w / 2 - girth * 0.5, h * 0.4]])
@@ -248,6 +256,14 @@ def inflate(rgb: Array, alpha: Array, light: tuple[float, float] = (-0.5, -0.7),
     return rgb.astype(np.float32) * shade[..., None]
 
 
+# Pairs of colours between which garments are dyed.
+CLOTHES = (((24, 28, 40), (70, 80, 104)), ((150, 34, 36), (186, 70, 60)),
+           ((196, 196, 190), (232, 230, 224)), ((40, 66, 48), (88, 112, 84)),
+           ((30, 62, 118), (92, 132, 180)), ((22, 22, 24), (62, 60, 60)),
+           ((176, 136, 70), (214, 178, 104)), ((110, 84, 66), (156, 128, 104)),
+           ((92, 52, 84), (142, 96, 130)), ((120, 122, 126), (160, 162, 164)))
+TROUSERS = (((24, 30, 50), (62, 78, 112)), ((20, 20, 22), (50, 50, 54)),
+            ((92, 80, 62), (150, 134, 106)), ((70, 72, 76), (104, 106, 110)))
 SKIN = ((224, 182, 154), (198, 148, 116), (150, 104, 76), (98, 66, 48))
 
 
@@ -259,9 +275,9 @@ def person_sprite(seed: int, phase: int, side_view: bool) -> list[Array]:
     rgb = np.zeros((h, w, 3), np.uint8)
     alpha = np.zeros((h, w), np.uint8)
     skin = SKIN[rng.integers(len(SKIN))]
-    top = tuple(int(c) for c in rng.integers(25, 225, 3))
-    legs = tuple(int(c) for c in rng.uniform((20, 22, 30), (110, 110, 130)))
-    hair = tuple(int(c) for c in rng.uniform((18, 14, 10), (150, 112, 70)))
+    top = tuple(int(c) for c in blend(rng, *CLOTHES[rng.integers(len(CLOTHES))]))
+    legs = tuple(int(c) for c in blend(rng, *TROUSERS[rng.integers(len(TROUSERS))]))
+    hair = tuple(int(c) for c in blend(rng, (18, 14, 10), (150, 112, 70)))
     shoes = (32, 30, 30)
     bulk, coat, bag = rng.uniform(0.85, 1.25), rng.random() < 0.35, rng.random() < 0.35
     cx, hip, shoulder, head = w // 2, 110, 46, 22

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly_seg_ros.synthetic.canvas import Lighting
-from anomaly_seg_ros.synthetic.textures import house_size
+from anomaly_seg_ros.synthetic.textures import blend, house_size
 
 Array = NDArray[np.float64]
 
@@ -238,13 +238,13 @@ def _make_ground(rng: np.random.Generator, half: float, kerbs: tuple[float, floa
     marks[on_road & (np.mod(d + 0.25, 1.0) < 0.5), 2] = 0.88
     slab = rng.uniform(128, 176) * rng.uniform((0.97, 0.95, 0.90), (1.05, 1.0, 1.0))
     slab *= 1 - 0.2 * light.wet
-    grass = np.array(rng.uniform((74, 96, 38), (122, 134, 66)))
+    grass = blend(rng, (74, 100, 38), (124, 132, 66))
     for k, side in enumerate((-1, 1)):
         edge, walk = abs(kerbs[k]), walks[k]
         out = d * side
         if styles[k] == 'rural':
             shoulder = out > edge
-            colour[shoulder] = np.array(rng.uniform((120, 108, 88), (156, 144, 122)))
+            colour[shoulder] = blend(rng, (120, 108, 88), (156, 144, 122))
             noise[shoulder] = (0.16, 0.10, 0.08)
             labels[shoulder] = TERRAIN
             edge += rng.uniform(0.4, 1.1)
@@ -272,14 +272,15 @@ def _make_ground(rng: np.random.Generator, half: float, kerbs: tuple[float, floa
             marks[verge] = 0
             rim = verge & (out < edge + 0.25)
             colour[rim] = colour[rim] * 0.8 + np.array((18, 15, 10))
-    return Ground(_levels(colour), _levels(noise), _levels(marks), labels,
+    levels = _levels(np.concatenate([colour, noise, marks], 1))
+    return Ground(*(np.ascontiguousarray(levels[..., k:k + 3]) for k in (0, 3, 6)), labels,
                   float(rng.uniform(6, 12)), float(rng.uniform(2, 4)), float(rng.uniform(0.5, 1.6)),
                   crossings, (mark_rgb[0], mark_rgb[1], mark_rgb[2]))
 
 
 def _levels(table: NDArray[np.float32]) -> NDArray[np.float32]:
-    table = table.astype(np.float32)
-    return np.stack([table if k == 0 else cv2.blur(table, (1, 2 ** k))
+    table = np.ascontiguousarray(table.T, np.float32)  # rows: OpenCV blurs along them faster
+    return np.stack([(table if k == 0 else cv2.blur(table, (2 ** k, 1))).T
                      for k in range(PROFILE_LEVELS)])
 
 
