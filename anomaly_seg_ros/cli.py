@@ -304,6 +304,33 @@ def replay_command(bag: Path, model: Path | None, output: Path, through_node: bo
     OUT.print(f'\n{output / "metrics.json"}', highlight=False)
 
 
+@cli.command('compare')
+@click.argument('runs', nargs=-1, required=True, type=_FILE)
+@click.option('--output', type=_FILE, required=True, help='Folder for the comparison.')
+def compare_command(runs: tuple[Path, ...], output: Path) -> None:
+    """Compare result folders of the same frames: one table, one plot, confidence intervals."""
+    if len(runs) < 2:
+        raise click.UsageError('give at least two result folders')
+    from anomaly_seg_ros.compare import compare_runs, write_comparison
+    comparison = compare_runs(list(runs))
+    write_comparison(comparison, output)
+    OUT.print(f'{output}', highlight=False)
+
+
+@cli.command('submit')
+@click.argument('scores', nargs=-1, required=True, type=_FILE)
+@click.option('--benchmark', required=True,
+              help='Data set of SegmentMeIfYouCan: AnomalyTrack-all, ObstacleTrack-all, ...')
+@click.option('--method', required=True, help='Name of the method.')
+@click.option('--output', type=_FILE, required=True, help='Folder for the submission.')
+def submit_command(scores: tuple[Path, ...], benchmark: str, method: str, output: Path) -> None:
+    """Write score maps (folders SCORES of FRAME.npy) in SegmentMeIfYouCan's HDF5 layout."""
+    require('submission', 'h5py')
+    from anomaly_seg_ros.submission import write_smiyc_submission
+    written = write_smiyc_submission(scores, output, method=method, dataset=benchmark)
+    OUT.print(f'{len(written)} files in {written[0].parent}', highlight=False)
+
+
 def bundled_model() -> Path:
     """Return the path of the bundled model."""
     from anomaly_seg_ros.resources import resource

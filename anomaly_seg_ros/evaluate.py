@@ -126,6 +126,7 @@ class Recorder:
         self._save_scores = save_scores
         self._scores = self.output / 'scores'
         self._masks = self.output / 'masks'
+        self._unlabelled = self.output / 'scores_unlabelled'
         self._thumbnails = self.output / '.thumbnails'
         self._rows: list[dict[str, Any]] = []
         self._latency: dict[str, list[float]] = {}
@@ -138,7 +139,7 @@ class Recorder:
             self.output.mkdir(parents=True, exist_ok=True)
             for name in ('metrics.json', 'per_frame.csv', 'report.html'):
                 (self.output / name).unlink(missing_ok=True)
-            for folder in (self._scores, self._masks, self._thumbnails):
+            for folder in (self._scores, self._masks, self._unlabelled, self._thumbnails):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
         except OSError as error:
@@ -165,6 +166,8 @@ class Recorder:
             _save_array(self._scores / f'{name}.npy', answer.anomaly)
             _save_array(self._masks / f'{name}.npy', frame.anomaly_mask)
             self._scored.append(name)
+        elif self._save_scores:
+            _save_array(self._unlabelled / f'{name}.npy', answer.anomaly)
         if frame.labels is not None:
             self._confusion.update(answer.labels, frame.labels, frame.frame_id)
             if self._calibration is not None:
@@ -201,6 +204,9 @@ class Recorder:
             shutil.rmtree(self._scores)
             shutil.rmtree(self._masks)
         shutil.rmtree(self._thumbnails)
+        for folder in (self._scores, self._masks, self._unlabelled):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         return metrics
 
     def _score_metrics(self, track: str | None, workers: int, progress: Progress | None
@@ -308,7 +314,8 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
     limit
         Take only this many frames, from the first.
     save_scores
-        Keep the score maps and masks in ``scores`` and ``masks``.
+        Keep the score maps and masks in ``scores`` and ``masks``, and the score maps of frames
+        without a mask in ``scores_unlabelled``.
     keep_going
         Leave out frames that cannot be read or answered, and report the rest; without it the
         first problem ends the run.

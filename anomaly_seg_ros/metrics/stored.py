@@ -116,7 +116,7 @@ class StoredScores:
     def load(self, frame_id: str) -> ScoredFrame:
         """Read and check one pair; UserError names the file."""
         scores_path, mask_path = self._paths[frame_id]
-        scores, mask = _read_npy(scores_path), _read_mask(mask_path)
+        scores, mask = read_npy(scores_path), _read_mask(mask_path)
         for path, array in (scores_path, scores), (mask_path, mask):
             if array.ndim != 2:
                 raise UserError(f'{path}: must have shape (H, W), got {array.shape}. Store one '
@@ -140,7 +140,8 @@ def _examples(names: dict[str, list[Path]]) -> str:
     return ', '.join(paths[0].name for paths in list(names.values())[:3]) or 'none'
 
 
-def _read_npy(path: Path) -> npt.NDArray[Any]:
+def read_npy(path: Path) -> npt.NDArray[Any]:
+    """Read an array in native byte order; UserError where it is none. Pickles are not read."""
     try:
         array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -151,7 +152,7 @@ def _read_npy(path: Path) -> npt.NDArray[Any]:
 
 def _read_mask(path: Path) -> npt.NDArray[Any]:
     if path.suffix == '.npy':
-        mask = _read_npy(path)
+        mask = read_npy(path)
     else:
         try:
             data = path.read_bytes()
