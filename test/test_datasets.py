@@ -591,3 +591,13 @@ def test_real_cityscapes(real_data: Path) -> None:
     # Both files were made smaller on their own, so a few pixels at borders differ.
     train_ids = cv2.imread(str(next(tiny.glob('*labelTrainIds.png'))), -1)
     assert np.mean(frame.labels == train_ids) > 0.997
+
+
+def test_the_page_describes_every_data_set() -> None:
+    from anomaly_seg_ros.datasets.folder import EXAMPLE
+    page = (Path(__file__).parent.parent / 'docs' / 'datasets.md').read_text()
+    for name, adapter in DATASETS.items():
+        row = next(line for line in page.splitlines() if line.startswith(f'| `{name}`'))
+        for split in adapter.splits:
+            assert f'`{split}`' in row
+    assert EXAMPLE in page
