@@ -182,15 +182,19 @@ def image_from_message(message: ImageMessage) -> DecodedImage:
         raise BadImage(f'{message.encoding} is not a camera image; expected one of '
                        f'{", ".join(ENCODINGS)}. Remap the input to the camera image topic.')
     size_hw = (pixels.shape[0], pixels.shape[1])
-    if layout.dtype == 'u2' and not pixels.dtype.isnative:
-        pixels = pixels.astype(pixels.dtype.newbyteorder('='))
+    bayer = 'Bayer' in layout.to_rgb
+    if bayer and min(size_hw) < 3:
+        raise BadImage(f'{message.encoding} image must be at least 3x3 pixels, got '
+                       f'{size_hw[1]}x{size_hw[0]}.')
+    # Interpolation between the pixels of a Bayer pattern comes before rounding.
+    if layout.dtype == 'u2' and not bayer:
+        pixels = _eight_bits()[pixels]
+    elif layout.dtype == 'u2':
+        pixels = pixels.astype(np.uint16)
     if layout.to_rgb:
-        if 'Bayer' in layout.to_rgb and min(size_hw) < 3:
-            raise BadImage(f'{message.encoding} image must be at least 3x3 pixels, got '
-                           f'{size_hw[1]}x{size_hw[0]}.')
         pixels = cv2.cvtColor(pixels, getattr(cv2, layout.to_rgb))
-    if layout.dtype == 'u2':
-        pixels = (pixels // 257).astype(np.uint8)
+    if pixels.dtype == np.uint16:
+        pixels = _eight_bits()[pixels]
     return DecodedImage(pixels, layout.order, size_hw)
 
 
@@ -367,6 +371,12 @@ def _jpeg_size_hw(encoded: np.ndarray) -> tuple[int, int]:
         position += 2 + (int(encoded[position + 2]) << 8 | int(encoded[position + 3]))
     raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged: no frame header. '
                    'Check the publisher or the recording.')
+
+
+@cache
+def _eight_bits() -> np.ndarray:
+    """Return uint8 (65536,): the 8-bit value of each 16-bit value."""
+    return (np.arange(65536) // 257).astype(np.uint8)
 
 
 @cache
