@@ -28,14 +28,14 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def chart(width_inch: float = 4.2, height_inch: float = 3.1, rows: int = 1, columns: int = 1
+def chart(width_inch: float = 4.2, height_inch: float = 3.1
           ) -> Iterator[tuple[Any, Callable[[], bytes]]]:
-    """Give axes (one, or an array of rows x columns) and a function that returns the SVG."""
+    """Give axes and a function that returns the SVG of what was drawn into them."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width_inch, height_inch), layout='constrained')
-        axes = figure.subplots(rows, columns)
+        axes = figure.subplots()
 
         def svg() -> bytes:
             stream = io.BytesIO()
@@ -161,42 +161,41 @@ def reliability(confidence: Sequence[float], accuracy: Sequence[float],
         return svg()
 
 
-def intervals(names: Sequence[str], panels: Sequence[tuple[str, bool, np.ndarray]]) -> bytes:
+def intervals(names: Sequence[str], values: np.ndarray, label: str, zero: bool = False) -> bytes:
     """
-    Draw estimates with their confidence intervals, one panel beside the other.
+    Draw estimates with their confidence intervals, one below the other.
 
     Parameters
     ----------
     names
-        One for each row of the panels, first on top.
-    panels
-        (title, with a line at zero, float (rows, 3): estimate, low, high; NaN leaves the row
-        empty).
+        One for each row, first on top.
+    values
+        Float (rows, 3): estimate, low, high; NaN leaves out the estimate or the interval.
+    label
+        What is drawn, with its unit.
+    zero
+        Draw a line at zero.
 
     """
     place = np.arange(len(names))[::-1]
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    height = rows * (1.0 + 0.34 * len(names))
-    with chart(4.2 * columns, height, rows, columns) as (axes, svg):
-        for i, (ax, panel) in enumerate(zip(np.ravel(axes), panels, strict=False)):
-            title, zero, values = panel
-            if zero:
-                ax.axvline(0, color=GREY, linewidth=1.2)
-            for y, (estimate, low, high), colour in zip(
-                    place, values, [SERIES[k % len(SERIES)] for k in range(len(names))],
-                    strict=True):
-                if np.isfinite(estimate):
-                    ax.plot([low, high], [y, y], color=colour, linewidth=2.4,
-                            solid_capstyle='butt')
-                    ax.plot([estimate], [y], 'o', color=colour, markersize=6)
-            ax.set_yticks(place, names if i % columns == 0 else [''] * len(names))
-            ax.set_ylim(-0.6, len(names) - 0.4)
-            ax.grid(visible=False, axis='y')
-            ax.set_title(title, loc='left')
-        for ax in np.ravel(axes)[len(panels):]:
-            ax.set_axis_off()
+    with chart(height_inch=0.9 + 0.36 * len(names)) as (axes, svg):
+        if zero:
+            axes.axvline(0, color=GREY, linewidth=1.2)
+        for k, (y, (estimate, low, high)) in enumerate(zip(place, values, strict=True)):
+            colour = SERIES[k % len(SERIES)]
+            axes.plot([low, high], [y, y], color=colour, linewidth=2.4, solid_capstyle='butt')
+            axes.plot([estimate], [y], 'o', color=colour, markersize=6)
+        axes.set_yticks(place, [_shorten(name) for name in names])
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.grid(visible=False, axis='y')
+        axes.set(xlabel=label)
         return svg()
+
+
+def _shorten(name: str, length: int = 24) -> str:
+    """Cut the middle out of a long name."""
+    half = (length - 3) // 2
+    return name if len(name) <= length else f'{name[:half]}...{name[-half:]}'
 
 
 def _legend_above(axes: Any) -> None:

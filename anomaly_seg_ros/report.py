@@ -43,6 +43,10 @@ _LABELS = {
     'tpr95_threshold': 'threshold of 95 % recall', 'miou': 'mean IoU (mIoU)',
     'ece': 'expected calibration error (ECE)', 'adaptive_ece': 'adaptive ECE',
     'ks': 'Kolmogorov-Smirnov', 'prr': 'prediction rejection ratio (PRR)',
+    'misclassification_ap': 'finding wrong labels, AP',
+    'misclassification_max_j': 'finding wrong labels, max J',
+    'misclassification_auroc': 'finding wrong labels, AUROC',
+    'misclassification_fpr95': 'finding wrong labels, FPR at 95 % recall',
     'model_sha256': 'model sha256', 'input_size_hw': 'input size, height x width',
 }
 _COMPAT = {

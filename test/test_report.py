@@ -47,6 +47,7 @@ def full_metrics():
                          'iou_by_class': dict(zip(
                              CITYSCAPES_CLASSES, [*np.linspace(0, 1, 18), None], strict=True))},
         'calibration': {'ece': 0.0312, 'adaptive_ece': 0.0299, 'ks': 0.02, 'prr': None,
+                        'misclassification_ap': 0.25, 'reliability': [{'pixels': 0}],
                         'reason': 'prr: no wrong label'},
         'latency_ms': {'network': {'p50': 180.0, 'p95': 190.0, 'p99': 195.5, 'max': 200.0},
                        'end_to_end': {'p50': 184.25, 'p95': 195.0, 'p99': 201.0, 'max': 210.0},
@@ -80,7 +81,7 @@ def full_report():
               for i, kind in enumerate(('best', 'best', 'worst', 'random'))]
     return ReportData('A drive', full_metrics(), CURVES, frames,
                       {'end_to_end': np.random.default_rng(0).gamma(9, 20, 40).tolist()},
-                      Reliability([0.3, 0.6, 0.9], [0.2, 0.5, 0.93], [0.1, 0.2, 0.7]))
+                      Reliability([0.75, 0.95], [0.5, 1.0], [0.25, 0.75]))
 
 
 class Page(HTMLParser):
@@ -282,6 +283,11 @@ def test_roc_chart_runs_through_the_operating_points():
     line, = drawn_lines(plots.roc(CURVES, 0.5), plots.BLUE)
     np.testing.assert_allclose(
         line, [(0, 0), (0, 0.25), (0.1, 0.5), (0.75, 1), (1, 1)], atol=1e-4)
+
+
+def test_reliability_chart_joins_the_bins_that_hold_pixels():
+    line, = drawn_lines(plots.reliability([0.75, 0.95], [0.5, 1.0], [0.25, 0.75]), plots.BLUE)
+    np.testing.assert_allclose(line, [(0.75, 0.5), (0.95, 1.0)], atol=1e-4)
 
 
 def test_summary_has_the_headlines_in_words():
