@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model with its device, opened and warm, as the worker holds it."""
+
+from dataclasses import dataclass
+import os
+from pathlib import Path
+
+from anomaly_seg_ros.backends import Backend, open_backend
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
+from anomaly_seg_ros.pipeline import BadOutput, Pipeline
+from anomaly_seg_ros.resources import resource
+from anomaly_seg_ros.ros.parameters import NodeParameters
+import cv2
+
+BUNDLED_MODEL = 'models/demo.onnx'
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A warm pipeline, its backend and where it came from."""
+
+    path: Path
+    sha256: str
+    backend: Backend
+    pipeline: Pipeline
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's card."""
+        return self.pipeline.card
+
+    def describe(self) -> dict[str, str]:
+        """Tell model and backend, for diagnostics."""
+        card = self.card
+        return {
+            'name': card.name, 'path': str(self.path), 'sha256': self.sha256,
+            'network': card.network, 'score': card.score, 'precision': card.precision,
+            'input_size': f'{card.input_size_hw[0]}x{card.input_size_hw[1]}',
+            **self.backend.describe()}
+
+    def close(self) -> None:
+        """Free the device."""
+        self.backend.close()
+
+
+def read_model(path: str) -> ModelFile:
+    """
+    Read the model file at ``path``, or the bundled one when ``path`` is empty.
+
+    Raises
+    ------
+    UserError
+        If it is missing, damaged or no model.
+
+    """
+    return load_model_file(path or resource(BUNDLED_MODEL))
+
+
+def open_model(model: ModelFile, parameters: NodeParameters,
+               frame_size_hw: tuple[int, int] | None = None) -> LoadedModel:
+    """
+    Open a model as the parameters say, check the settings against its card and warm it up.
+
+    Parameters
+    ----------
+    model
+        A model file that has been read.
+    parameters
+        The node's parameters.
+    frame_size_hw
+        Size of the camera's frames, if known already.
+
+    Raises
+    ------
+    UserError
+        If the backend cannot open it, the settings do not fit, or it gives no finite score.
+
+    """
+    cv2.setNumThreads(parameters.image_threads or len(os.sched_getaffinity(0)))
+    settings = parameters.obstacle_settings(model.card)
+    backend = open_backend(model, parameters.backend, threads=parameters.threads)
+    try:
+        pipeline = Pipeline(backend, settings)
+        size_hw = frame_size_hw or (
+            parameters.warm_up_size_hw if any(parameters.warm_up_size_hw) else None)
+        pipeline.warm_up(size_hw)  # type: ignore[arg-type]
+    except BadOutput as error:
+        backend.close()
+        raise UserError(f'{model.path}: {error} (a grey frame at warm-up). Export the model '
+                        'again.') from error
+    except BaseException:
+        backend.close()
+        raise
+    return LoadedModel(model.path, model.sha256, backend, pipeline)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another model while the node runs: the old one answers until the new one is warm."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+import math
+import threading
+
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_file import ModelFile
+from anomaly_seg_ros.ros.loading import LoadedModel, open_model
+from anomaly_seg_ros.ros.parameters import NodeParameters
+from anomaly_seg_ros.ros.worker import Worker
+
+
+class ModelSwap:
+    """
+    One change of the model at a time, on a thread that loads and warms up.
+
+    Attributes
+    ----------
+    report
+        What became of the last change; empty when there was none.
+    failed
+        Whether the last change was given up.
+    failed_from
+        The ``model`` parameter to go back to after a change that was given up.
+    restoring
+        Whether the parameter is being set back right now.
+
+    """
+
+    def __init__(self) -> None:
+        """Begin with no change under way."""
+        self.report = ''
+        self.failed = False
+        self.failed_from: str | None = None
+        self.restoring = False
+        self._checked: ModelFile | None = None
+        self._thread: threading.Thread | None = None
+        self._cancelled = False
+
+    def check(self, model: ModelFile, current: LoadedModel, parameters: NodeParameters) -> None:
+        """
+        Refuse a change that would be wrong, before the parameter is set.
+
+        Raises
+        ------
+        UserError
+            If another change is under way, or the settings do not fit the new model.
+
+        """
+        if self._thread is not None and self._thread.is_alive():
+            raise UserError('another model is being loaded; wait until it has taken over')
+        scores = [(card.score, card.score_parameters, card.temperature)
+                  for card in (current.card, model.card)]
+        if scores[0] != scores[1] and not math.isnan(parameters.threshold):
+            raise UserError(
+                f'parameter threshold {parameters.threshold:g} is in units of the score '
+                f'{current.card.score!r}; model {model.path} has {model.card.score!r} '
+                f'(temperature {model.card.temperature:g}). Set threshold to .nan first to take '
+                'the threshold on its card.')
+        parameters.obstacle_settings(model.card)
+        self._checked = model
+
+    def begin(self, old_path: str, parameters: NodeParameters, worker: Worker,
+              failed: Callable[[], None]) -> None:
+        """
+        Load the model that was checked and hand it to ``worker``; returns at once.
+
+        ``failed`` is called on the loading thread if the change is given up.
+        """
+        model, self._checked = self._checked, None
+        if model is None:
+            raise RuntimeError('begin needs a model that check has accepted')
+        self.failed, self.failed_from = False, None
+        self.report = f'{model.path} is being loaded'
+        self._thread = threading.Thread(
+            target=self._load, args=(model, old_path, parameters, worker, failed),
+            name='anomaly_seg model loader', daemon=True)
+        self._thread.start()
+
+    def cancel(self) -> None:
+        """Throw away the model that is being loaded, if any."""
+        self._cancelled = True
+
+    @contextmanager
+    def restore(self) -> Iterator[None]:
+        """Mark the time in which the parameter is set back."""
+        self.restoring = True
+        try:
+            yield
+        finally:
+            self.restoring = False
+            self.failed_from = None
+
+    def _load(self, model: ModelFile, old_path: str, parameters: NodeParameters, worker: Worker,
+              failed: Callable[[], None]) -> None:
+        try:
+            loaded = open_model(model, parameters, worker.size_hw)
+        except Exception as error:  # whatever it is, the old model goes on
+            text = str(error) if isinstance(error, UserError) \
+                else f'{model.path}: {type(error).__name__}: {error}'
+            self.report, self.failed, self.failed_from = text, True, old_path
+            failed()
+            return
+        if self._cancelled or not worker.swap(loaded):
+            loaded.close()
+            return
+        self.report = f'{model.path} is warm and takes over with the next frame'

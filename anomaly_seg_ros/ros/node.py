@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The lifecycle node ``anomaly_seg``: camera frames in, labels, score and obstacle masks out.
+
+The executor's thread takes messages, the worker's thread answers them, the watchdog's thread
+reports. A callback here converts, calls and publishes; the pipeline is in the core.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.ros.conversions import stamp_to_ns
+from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, to_message
+from anomaly_seg_ros.ros.inbox import Mailbox
+from anomaly_seg_ros.ros.loading import LoadedModel, open_model, read_model
+from anomaly_seg_ros.ros.model_swap import ModelSwap
+from anomaly_seg_ros.ros.outputs import Outputs
+from anomaly_seg_ros.ros.parameters import declare_parameters, NAMES
+from anomaly_seg_ros.ros.watchdog import Watchdog
+from anomaly_seg_ros.ros.worker import Arrival, Worker
+from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.msg import SetParametersResult
+import rclpy
+from rclpy.clock import Clock, ClockType
+from rclpy.event_handler import SubscriptionEventCallbacks
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.qos import qos_profile_sensor_data, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Header
+
+INPUT_TOPIC = '~/input/image'
+_STOP_TIMEOUT_S = 10.0
+
+
+class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
+    """See docs/node.md for topics, parameters and diagnostics."""
+
+    def __init__(self, **options: Any) -> None:
+        """
+        Declare the parameters; with ``autostart``, configure and activate once spinning.
+
+        Raises
+        ------
+        UserError
+            If a parameter is unknown or out of range.
+
+        """
+        super().__init__('anomaly_seg', automatically_declare_parameters_from_overrides=True,
+                         **options)
+        self._settings = declare_parameters(self)
+        self._monitor = Monitor()
+        self._worker: Worker | None = None
+        self._outputs: Outputs | None = None
+        self._subscriptions_active: list[Any] = []
+        self._lifecycle = 'unconfigured'
+        self._transition_error = ''
+        # Held while publishers are looked at by the watchdog or destroyed by a transition.
+        self._outputs_lock = threading.Lock()
+        self._swap = ModelSwap()
+        self._levels: dict[str, int] = {}
+        self._frame_id = ''
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        self.add_on_set_parameters_callback(self._check_parameters)
+        self.add_post_set_parameters_callback(self._apply_parameters)
+        self._swap_done = self.create_guard_condition(self._finish_swap)
+        self._watchdog = self._new_watchdog()
+        self._autostart = None
+        if self._settings.autostart:
+            self._autostart = self.create_timer(0.0, self._start,
+                                                clock=Clock(clock_type=ClockType.STEADY_TIME))
+
+    # Lifecycle
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the model and warm it up; without success the node stays unconfigured."""
+        return self._transit('configuring', 'inactive', self._configure)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Start to receive frames."""
+        super().on_activate(state)  # publishers first: the first answer finds them enabled
+        return self._transit('activating', 'active', self._activate)
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop; when this returns, nothing more is published."""
+        result = self._transit('deactivating', 'inactive', self._deactivate)
+        super().on_deactivate(state)
+        return result
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free the device, the thread and the publishers."""
+        return self._transit('cleaningup', 'unconfigured', self._free)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything, from any state."""
+        return self._transit('shuttingdown', 'finalized', self._free)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything and go back to unconfigured; the reason stays in the diagnostics."""
+        reason = self._transition_error
+        result = self._transit('errorprocessing', 'unconfigured', self._free)
+        self._transition_error = '; then '.join(filter(None, (reason, self._transition_error)))
+        return result
+
+    def close(self) -> None:
+        """Stop the threads and free the device, before the node is destroyed."""
+        self._watchdog.stop()
+        self._free()
+
+    def report_error(self, error: Exception) -> None:
+        """Count and show an error that a callback did not handle."""
+        text = f'{type(error).__name__}: {error}'
+        self._monitor.event('callback_errors')
+        self._monitor.error(text)
+        self.get_logger().error(text, throttle_duration_sec=5.0)
+
+    def _transit(self, during: str, after: str,
+                 action: Callable[[], None]) -> TransitionCallbackReturn:
+        """Run a transition; what the user can mend is a failure, anything else an error."""
+        before, self._lifecycle = self._lifecycle, during
+        self._transition_error = ''
+        try:
+            action()
+        except UserError as error:
+            self._lifecycle = before
+            self._transition_error = f'{during}: {error}'
+            self.get_logger().error(self._transition_error)
+            return TransitionCallbackReturn.FAILURE
+        except Exception as error:  # the state machine goes on to error processing
+            self._transition_error = f'{during}: {type(error).__name__}: {error}'
+            self.get_logger().error(f'{self._transition_error}\n{traceback.format_exc()}')
+            return TransitionCallbackReturn.ERROR
+        self._lifecycle = after
+        self.get_logger().info(after)
+        return TransitionCallbackReturn.SUCCESS
+
+    def _start(self) -> None:
+        assert self._autostart is not None
+        self.destroy_timer(self._autostart)
+        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def _configure(self) -> None:
+        parameters = self._settings
+        self._watchdog.stop()
+        self._watchdog = self._new_watchdog()
+        self._swap = ModelSwap()
+        began_s = time.monotonic()
+        model = open_model(read_model(parameters.model), parameters)
+        self.get_logger().info(f'{model.path}: {model.card.name} on '
+                               f'{model.describe()["backend"]}, warm in '
+                               f'{time.monotonic() - began_s:.1f} s')
+        try:
+            self._outputs = Outputs(self, parameters)
+            size = 1 if parameters.frame_policy == 'latest' else parameters.queue_size
+            self._mailbox: Mailbox[Arrival] = Mailbox(size)
+            self._worker = Worker(
+                model, self._mailbox, self._outputs, self._monitor, parameters,
+                now_ns=lambda: self.get_clock().now().nanoseconds,
+                log_error=lambda text: self.get_logger().error(text, throttle_duration_sec=5.0),
+                on_swapped=self._swapped)
+        except BaseException:
+            model.close()
+            raise
+
+    def _activate(self) -> None:
+        assert self._worker is not None and self._outputs is not None
+        parameters = self._settings
+        self._outputs.publish_label_info(self._worker.model.card, self._threshold())
+        self._monitor.activated()
+        self._worker.activate()
+        qos = QoSProfile(depth=parameters.qos_depth,
+                         reliability=ReliabilityPolicy[parameters.input_reliability.upper()])
+        kind = Image if parameters.image_transport == 'raw' else CompressedImage
+        self._subscriptions_active = [
+            self.create_subscription(
+                kind, INPUT_TOPIC, self._on_image, qos,
+                event_callbacks=SubscriptionEventCallbacks(
+                    message_lost=lambda event: self._monitor.event(
+                        'transport_lost', event.total_count_change),
+                    incompatible_qos=self._on_incompatible_qos)),
+            self.create_subscription(
+                CameraInfo, '~/input/camera_info', self._on_camera_info,
+                qos_profile_sensor_data)]
+
+    def _deactivate(self) -> None:
+        for subscription in self._subscriptions_active:
+            self.destroy_subscription(subscription)
+        self._subscriptions_active = []
+        if self._worker is not None:
+            self._worker.deactivate()
+
+    def _free(self) -> None:
+        self._deactivate()
+        worker, self._worker = self._worker, None
+        outputs, self._outputs = self._outputs, None
+        self._swap.cancel()
+        if worker is not None and not worker.stop(_STOP_TIMEOUT_S):
+            raise RuntimeError(f'the worker did not end within {_STOP_TIMEOUT_S:.0f} s; its '
+                               'device stays occupied until this process ends')
+        if outputs is not None:
+            with self._outputs_lock:
+                outputs.destroy()
+
+    # Input
+
+    def _on_image(self, message: Any) -> None:
+        arrived_s = time.perf_counter()
+        worker = self._worker
+        if worker is None:
+            return
+        stamp_ns = stamp_to_ns(message.header)
+        self._frame_id = message.header.frame_id
+        self._monitor.received(stamp_ns, (self.get_clock().now().nanoseconds - stamp_ns) / 1e6)
+        if self._settings.fallback_mask \
+                and self._monitor.busy_s > self._settings.stalled_worker_s:
+            self._monitor.dropped('stalled')
+            worker.publish_fallback(message.header)
+            return
+        arrival = Arrival(message, stamp_ns, arrived_s, worker.activation)
+        if self._mailbox.put(arrival) is not None:
+            self._monitor.dropped('superseded' if self._settings.frame_policy == 'latest'
+                                  else 'queue_full')
+
+    def _on_camera_info(self, message: CameraInfo) -> None:
+        if self._outputs is not None:
+            self._outputs.camera_info = message
+
+    def _on_incompatible_qos(self, event: Any) -> None:
+        self._monitor.event('incompatible_qos', event.total_count_change)
+        self.get_logger().warning(
+            f'a publisher of {self._input_topic()} offers another QoS than input_reliability '
+            f'{self._settings.input_reliability}; nothing will be received from it')
+
+    # Parameters and model swap
+
+    def _check_parameters(self, changes: Sequence[Parameter]) -> SetParametersResult:
+        """Refuse what is out of range, not changeable now, or a model that is not whole."""
+        values = {change.name: change.value for change in changes if change.name in NAMES}
+        unconfigured = self._worker is None
+        try:
+            parameters = self._settings.changed(values, unconfigured=unconfigured)
+            if self._worker is None or self._swap.restoring:
+                return SetParametersResult(successful=True)
+            if parameters.model != self._settings.model:
+                self._swap.check(read_model(parameters.model), self._worker.model, parameters)
+            else:
+                parameters.obstacle_settings(self._worker.model.card)
+        except (UserError, ValueError) as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        return SetParametersResult(successful=True)
+
+    def _apply_parameters(self, changes: Sequence[Parameter]) -> None:
+        values = {change.name: change.value for change in changes if change.name in NAMES}
+        before = self._settings
+        self._settings = before.changed(values, unconfigured=True)
+        worker = self._worker
+        if worker is None:
+            return
+        worker.parameters = self._settings
+        if self._settings.model != before.model and not self._swap.restoring:
+            self._swap.begin(before.model, self._settings, worker, self._swap_done.trigger)
+
+    def _finish_swap(self) -> None:
+        """Set the parameter back after a model that could not be opened."""
+        old = self._swap.failed_from
+        if old is None or self._worker is None:
+            return
+        self.get_logger().error(f'model not changed: {self._swap.report}')
+        with self._swap.restore():
+            self.set_parameters([Parameter('model', value=old)])
+
+    def _swapped(self, model: LoadedModel) -> None:
+        self._swap.report = f'{model.path} took over'
+        self.get_logger().info(self._swap.report)
+        if self._outputs is not None:
+            self._outputs.publish_label_info(model.card, self._threshold())
+
+    def _threshold(self) -> float:
+        assert self._worker is not None
+        return self._settings.obstacle_settings(self._worker.model.card).threshold
+
+    # Diagnostics
+
+    def _new_watchdog(self) -> Watchdog:
+        return Watchdog(self._settings.diagnostics_period_s, self._report,
+                        lambda text: self.get_logger().error(text, throttle_duration_sec=5.0))
+
+    def _report(self) -> None:
+        parameters, monitor = self._settings, self._monitor
+        state = self._state()
+        since_s = monitor.since_input_s
+        if parameters.fallback_mask and state.lifecycle == 'active' and since_s is not None \
+                and since_s > parameters.stale_input_s and self._worker is not None:
+            self._worker.publish_fallback(Header(stamp=self.get_clock().now().to_msg(),
+                                                 frame_id=self._frame_id))
+        statuses = assess(monitor.snapshot(), state, parameters)
+        self._diagnostics.publish(to_message(
+            statuses, self.get_name(), self._input_topic(), self.get_clock().now().to_msg()))
+        for status in statuses:
+            if status.level > self._levels.get(status.part, 0):
+                log = self.get_logger().error if status.level == ERROR \
+                    else self.get_logger().warning
+                log(f'{status.part}: {status.message}')
+            self._levels[status.part] = status.level
+
+    def _state(self) -> NodeState:
+        worker = self._worker
+        with self._outputs_lock:
+            subscribed = self._outputs.subscribed() if self._outputs is not None else ()
+        model: dict[str, str] = {}
+        note = ''
+        if worker is not None:
+            card = worker.model.card
+            own = not math.isnan(self._settings.threshold)
+            source = 'parameter threshold' if own else card.threshold_source
+            model = {**worker.model.describe(), 'threshold': f'{self._threshold():.6g}',
+                     'threshold_source': source,
+                     'minimum_area_px': str(self._settings.minimum_area_px),
+                     'region': self._settings.region}
+            if source.startswith('provisional'):
+                note = f'threshold is {source}'
+        return NodeState(
+            lifecycle=self._lifecycle, error=self._transition_error, model=model,
+            model_note=note, swap=self._swap.report, swap_failed=self._swap.failed,
+            subscribed=subscribed, publishers=self.count_publishers(self._input_topic()),
+            input_topic=self._input_topic(),
+            paused=not subscribed and self._settings.pause_without_subscribers)
+
+    def _input_topic(self) -> str:
+        return self.resolve_topic_name(INPUT_TOPIC)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the node until it is interrupted; returns 0, or 2 for a wrong parameter."""
+    rclpy.init(args=args)
+    try:
+        node = AnomalySegNode()
+    except UserError as error:
+        print(f'anomaly_seg: {error}', file=sys.stderr)
+        rclpy.try_shutdown()
+        return 2
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        while _spin_once(executor, node):
+            pass
+    finally:
+        node.close()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return 0
+
+
+def _spin_once(executor: SingleThreadedExecutor, node: AnomalySegNode) -> bool:
+    """Run one callback; False once the node is to end. A callback's error does not end it."""
+    try:
+        executor.spin_once()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        return False
+    except Exception as error:
+        node.report_error(error)
+    return rclpy.ok()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Start the node, and on request rviz2 or the Foxglove bridge.
+
+    ros2 launch anomaly_seg_ros anomaly_seg.launch.py model:=erfnet.onnx image:=/front/image_raw
+"""
+
+import os
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
+from launch.conditions import IfCondition
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+# Arguments that become parameters of the node where they are given; name -> description.
+PARAMETERS = {
+    'model': 'Model file (.onnx); by default the bundled one, which knows only the synthetic '
+             'world.',
+    'image_transport': 'raw or compressed.',
+    'autostart': 'Whether to configure and activate without a lifecycle manager.',
+    'use_sim_time': 'Whether to take the time from /clock.',
+}
+# name -> default, description.
+ARGUMENTS = {
+    'image': ('/camera/image_raw', 'Topic of the camera image; of a compressed one the whole '
+                                   'name, which ends in /compressed.'),
+    'camera_info': ('/camera/camera_info', 'Topic of its CameraInfo.'),
+    'namespace': ('', 'Namespace of the node.'),
+    'name': ('anomaly_seg', 'Name of the node, and so of its topics.'),
+    'log_level': ('info', 'Log level of the node.'),
+    'rviz': ('false', 'Start rviz2 with config/anomaly_seg.rviz.'),
+    'foxglove': ('false', 'Start foxglove_bridge; open config/foxglove_layout.json in the app.'),
+}
+# Fast DDS loses frames of several megabytes unless told otherwise.
+PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Return what ``ros2 launch`` carries out."""
+    config = os.path.join(get_package_share_directory('anomaly_seg_ros'), 'config')
+    actions: list[LaunchDescriptionEntity] = [
+        DeclareLaunchArgument(
+            'params_file', default_value=os.path.join(config, 'anomaly_seg.yaml'),
+            description='Parameter file; the arguments here go before it.'),
+        *(DeclareLaunchArgument(name, default_value='', description=description)
+          for name, description in PARAMETERS.items()),
+        *(DeclareLaunchArgument(name, default_value=default, description=description)
+          for name, (default, description) in ARGUMENTS.items())]
+    if not any(name in os.environ for name in PROFILE_VARIABLES):
+        actions += [SetEnvironmentVariable(name, os.path.join(config, 'fastdds.xml'))
+                    for name in PROFILE_VARIABLES]
+    actions += [
+        OpaqueFunction(function=start_node),
+        Node(package='rviz2', executable='rviz2', name='rviz2',
+             arguments=['-d', os.path.join(config, 'anomaly_seg.rviz')],
+             condition=IfCondition(LaunchConfiguration('rviz'))),
+        Node(package='foxglove_bridge', executable='foxglove_bridge', name='foxglove_bridge',
+             condition=IfCondition(LaunchConfiguration('foxglove')))]
+    return LaunchDescription(actions)
+
+
+def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    """Return the node; an argument that was not given leaves the parameter file its say."""
+    def value(name: str) -> str:
+        return LaunchConfiguration(name).perform(context)
+
+    given = {name: value(name) for name in PARAMETERS if value(name)}
+    parameters = {name: text if name in ('model', 'image_transport') else boolean(name, text)
+                  for name, text in given.items()}
+    return [Node(
+        package='anomaly_seg_ros', executable='anomaly_seg', name=value('name'),
+        namespace=value('namespace'), output='screen', emulate_tty=True,
+        ros_arguments=['--log-level', value('log_level')],
+        parameters=[value('params_file'), parameters],
+        remappings=[('~/input/image', value('image')),
+                    ('~/input/camera_info', value('camera_info'))])]
+
+
+def boolean(name: str, text: str) -> bool:
+    """Read a launch argument that is true or false."""
+    if text.lower() not in ('true', 'false'):
+        raise ValueError(f'launch argument {name} must be true or false, got {text!r}')
+    return text.lower() == 'true'

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny real models, with faults on demand, and frames for the tests of the node."""
+
+from pathlib import Path
+
+from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+from anomaly_seg_ros.model_file import ModelCard, write_model_file
+import numpy as np
+
+INPUT_HW = (64, 128)
+# A frame whose upper left corner has this green value makes the network misbehave.
+NAN, RAISE, STALL = 251, 252, 253
+
+
+def write_tiny_model(path: Path, *, gain: float = 1.0, stall_iterations: int = 1,
+                     **card: object) -> Path:
+    """
+    Write a model whose score is the mean of the channels times ``gain``, 0 to ``gain``.
+
+    Its labels are the red channel in 19 steps. The corner values above make it give NaN, raise
+    in ONNX Runtime, or take long: real faults of a real network, without a hook in the code.
+    """
+    from onnx import helper, numpy_helper, TensorProto
+    height, width = INPUT_HW
+
+    def constant(name: str, value: object, dtype: type) -> object:
+        return numpy_helper.from_array(np.array(value, dtype), name)
+
+    node = helper.make_node
+    body = helper.make_graph(
+        [node('Identity', ['go'], ['go_on']), node('Sin', ['x'], ['y'])], 'body',
+        [helper.make_tensor_value_info('i', TensorProto.INT64, []),
+         helper.make_tensor_value_info('go', TensorProto.BOOL, []),
+         helper.make_tensor_value_info('x', TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info('go_on', TensorProto.BOOL, []),
+         helper.make_tensor_value_info('y', TensorProto.FLOAT, [1])])
+    nodes = [
+        node('ReduceMean', ['image', 'channel_axis'], ['mean'], keepdims=0),
+        node('Mul', ['mean', 'gain'], ['score']),
+        node('Slice', ['image', 'corner_from', 'corner_to', 'corner_axes'], ['corner4']),
+        node('Reshape', ['corner4', 'one'], ['corner']),
+        node('Mul', ['corner', 'c255'], ['corner255']),
+        node('Round', ['corner255'], ['code']),
+        node('Equal', ['code', 'code_nan'], ['is_nan']),
+        node('Where', ['is_nan', 'nan', 'zero'], ['nan_term']),
+        node('Equal', ['code', 'code_raise'], ['is_raise']),
+        node('Where', ['is_raise', 'index_bad', 'index_good'], ['index']),
+        node('Gather', ['zero', 'index'], ['raise_term']),
+        node('Equal', ['code', 'code_stall'], ['is_stall']),
+        node('Where', ['is_stall', 'trips', 'no_trips'], ['trip_count']),
+        node('Reshape', ['trip_count', 'scalar'], ['trip_scalar']),
+        node('Loop', ['trip_scalar', 'true', 'zero'], ['stall_term'], body=body),
+        node('Add', ['score', 'nan_term'], ['sum1']),
+        node('Add', ['sum1', 'raise_term'], ['sum2']),
+        node('Add', ['sum2', 'stall_term'], ['anomaly']),
+        node('Gather', ['image', 'red'], ['red_plane'], axis=1),
+        node('Mul', ['red_plane', 'steps'], ['scaled']),
+        node('Floor', ['scaled'], ['floored']),
+        node('Cast', ['floored'], ['labels'], to=TensorProto.UINT8)]
+    initializers = [
+        constant('channel_axis', [1], np.int64), constant('gain', [gain], np.float32),
+        constant('corner_from', [0, 1, 0, 0], np.int64),
+        constant('corner_to', [1, 2, 1, 1], np.int64),
+        constant('corner_axes', [0, 1, 2, 3], np.int64), constant('one', [1], np.int64),
+        constant('c255', [255], np.float32), constant('nan', [np.nan], np.float32),
+        constant('code_nan', [NAN], np.float32), constant('code_raise', [RAISE], np.float32),
+        constant('code_stall', [STALL], np.float32), constant('zero', [0], np.float32),
+        constant('index_bad', [7], np.int64), constant('index_good', [0], np.int64),
+        constant('trips', [stall_iterations], np.int64), constant('no_trips', [0], np.int64),
+        constant('scalar', np.zeros(0), np.int64), constant('true', True, np.bool_),
+        constant('red', 0, np.int64), constant('steps', [18.999], np.float32)]
+    graph = helper.make_graph(
+        nodes, 'tiny',
+        [helper.make_tensor_value_info('image', TensorProto.FLOAT, [1, 3, height, width])],
+        [helper.make_tensor_value_info('labels', TensorProto.UINT8, [1, height, width]),
+         helper.make_tensor_value_info('anomaly', TensorProto.FLOAT, [1, height, width])],
+        initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)])
+    model.ir_version = 9
+    values: dict[str, object] = {
+        'name': 'tiny', 'network': 'test', 'classes': CITYSCAPES_CLASSES,
+        'palette': CITYSCAPES_PALETTE, 'drivable': (0,), 'input_size_hw': INPUT_HW,
+        'output_size_hw': INPUT_HW, 'score': 'max_logit', 'threshold': 0.6 * gain,
+        'threshold_source': 'set by the test', 'score_range': (0.0, gain)}
+    write_model_file(path, model.SerializeToString(), ModelCard(**(values | card)))
+    return path
+
+
+def make_frame(index: int, size_hw: tuple[int, int] = (96, 160),
+               corner: int | None = None) -> np.ndarray:
+    """
+    Return a frame uint8 (H, W, 3), RGB, different for each index, with bright blobs.
+
+    ``corner`` sets the green value of its upper left corner, see ``NAN`` and its like.
+    """
+    rng = np.random.default_rng(index)
+    height, width = size_hw
+    frame = rng.integers(40, 120, (height, width, 3), dtype=np.uint8)
+    for _ in range(3):
+        y, x = rng.integers(height // 3, height - height // 8), rng.integers(0, width * 3 // 4)
+        frame[y:y + height // 8, x:x + width // 6] = rng.integers(200, 245, 3)
+    frame[:height // 8, :width // 8] = (90, 60 if corner is None else corner, 90)
+    return frame
