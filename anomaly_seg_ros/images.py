@@ -188,13 +188,13 @@ def image_from_message(message: ImageMessage) -> DecodedImage:
                        f'{size_hw[1]}x{size_hw[0]}.')
     # Interpolation between the pixels of a Bayer pattern comes before rounding.
     if layout.dtype == 'u2' and not bayer:
-        pixels = _eight_bits()[pixels]
+        pixels = (pixels // 257).astype(np.uint8)
     elif layout.dtype == 'u2':
         pixels = pixels.astype(np.uint16)
     if layout.to_rgb:
         pixels = cv2.cvtColor(pixels, getattr(cv2, layout.to_rgb))
     if pixels.dtype == np.uint16:
-        pixels = _eight_bits()[pixels]
+        pixels = (pixels // 257).astype(np.uint8)
     return DecodedImage(pixels, layout.order, size_hw)
 
 
@@ -371,12 +371,6 @@ def _jpeg_size_hw(encoded: np.ndarray) -> tuple[int, int]:
         position += 2 + (int(encoded[position + 2]) << 8 | int(encoded[position + 3]))
     raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged: no frame header. '
                    'Check the publisher or the recording.')
-
-
-@cache
-def _eight_bits() -> np.ndarray:
-    """Return uint8 (65536,): the 8-bit value of each 16-bit value."""
-    return (np.arange(65536) // 257).astype(np.uint8)
 
 
 @cache
