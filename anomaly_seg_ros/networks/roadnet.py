@@ -33,7 +33,8 @@ class Residual(nn.Module):
 
 
 class RoadNet(nn.Module):
-    """A residual encoder to stride 16 and a decoder of lateral sums, logits at stride 2.
+    """
+    A residual encoder to stride 16 and a decoder of lateral sums, logits at stride 2.
 
     The last convolution works at stride 4 and gives four sub-pixels a cell (Shi et al., CVPR
     2016), so that fine output costs no fine feature map. Plain convolutions throughout: they are
@@ -74,7 +75,8 @@ class RoadNet(nn.Module):
         self.shuffle = nn.PixelShuffle(2)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return logits (N, classes, H / 2, W / 2).
+        """
+        Return logits (N, classes, H / 2, W / 2).
 
         ``image`` (N, 3, H, W) is RGB in [0, 1] less ``mean``, divided by ``std``; H and W are
         multiples of 32.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The camera over the road, and the coordinates everything is placed in.
+"""
+The camera over the road, and the coordinates everything is placed in.
 
 Road coordinates: ``s`` metres along the centre line, ``d`` metres to its right, ``y`` metres above
 the ground. Local coordinates of one frame: X right, Y up, Z ahead of the camera's foot, metres; a
@@ -12,9 +13,7 @@ from dataclasses import dataclass
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
 NEAR_M = 0.35
 FAR_M = 420.0
 _TABLE_STEP_M = 2.0
@@ -22,7 +21,8 @@ _TABLE_STEP_M = 2.0
 
 @dataclass(frozen=True)
 class Pose:
-    """Where the camera is and how it looks at one moment.
+    """
+    Where the camera is and how it looks at one moment.
 
     ``s``, ``d``, ``height`` in metres; ``yaw`` (right positive), ``pitch`` (up positive), ``roll``
     (clockwise positive) in radians against the road's tangent and the horizon.
@@ -37,7 +37,8 @@ class Pose:
 
 
 class View:
-    """A pinhole camera at a pose over a road of given heading.
+    """
+    A pinhole camera at a pose over a road of given heading.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ class View:
     """
 
     def __init__(self, pose: Pose, size_hw: tuple[int, int], focal_px: float, centre_v: float,
-                 heading_s: Array, heading_rad: Array) -> None:
+                 heading_s: np.ndarray, heading_rad: np.ndarray) -> None:
         self.pose = pose
         self.size_hw = size_hw
         self.focal_px = focal_px
@@ -76,7 +77,7 @@ class View:
         self.bend = bend - np.interp(0.0, self.bend_z, bend)
         self.slope = slope
 
-    def local(self, s: float, d: float, y: float = 0.0) -> Array:
+    def local(self, s: float, d: float, y: float = 0.0) -> np.ndarray:
         """Return the local X, Y, Z of a point given in road coordinates."""
         z = s - self.pose.s
         return np.array([d - self.pose.d + np.interp(z, self.bend_z, self.bend), y, z])
@@ -85,21 +86,22 @@ class View:
         """Return the slope dX/dZ of the road at ``s``, relative to the camera's place."""
         return float(np.interp(s - self.pose.s, self.bend_z, self.slope))
 
-    def to_camera(self, points: Array) -> Array:
+    def to_camera(self, points: np.ndarray) -> np.ndarray:
         """Rotate local points (..., 3) into the camera frame (x right, y down, z forward)."""
         return (points - (0.0, self.pose.height, 0.0)) @ self.rotation.T
 
-    def to_image(self, camera: Array) -> Array:
+    def to_image(self, camera: np.ndarray) -> np.ndarray:
         """Project camera-frame points (..., 3) with z > 0 to pixels (..., 2): u right, v down."""
         return camera[..., :2] / camera[..., 2:] * self.focal_px + self.centre_uv
 
-    def project(self, points: Array) -> Array:
+    def project(self, points: np.ndarray) -> np.ndarray:
         """Project local points (n, 3) of one polygon, clipped at the near plane: pixels (m, 2)."""
         camera = clip_near(self.to_camera(points))
         return self.to_image(camera) if len(camera) else np.zeros((0, 2))
 
-    def rays(self, row0: int = 0) -> tuple[NDArray[np.float32], ...]:
-        """Return the local X, Y, Z components of every pixel's ray from ``row0`` down.
+    def rays(self, row0: int = 0) -> tuple[np.ndarray, ...]:
+        """
+        Return the local X, Y, Z components of every pixel's ray from ``row0`` down.
 
         Three float32 arrays (H - row0, W); the ray of the optical axis has length 1.
         """
@@ -119,14 +121,14 @@ class View:
         return rows[0], rows[1]
 
 
-def clip_near(camera: Array) -> Array:
+def clip_near(camera: np.ndarray) -> np.ndarray:
     """Clip a polygon (n, 3) in the camera frame at z = NEAR_M (Sutherland and Hodgman 1974)."""
     ahead = camera[:, 2] >= NEAR_M
     if ahead.all():
         return camera
     if not ahead.any():
         return np.zeros((0, 3))
-    kept: list[Array] = []
+    kept: list[np.ndarray] = []
     for k in range(len(camera)):
         a, b = camera[k - 1], camera[k]
         if ahead[k - 1] != ahead[k]:

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from anomaly_seg_ros.synthetic.camera import clip_near, NEAR_M, View
 
-Array = NDArray[np.generic]
 Colour = tuple[float, float, float]
 
 # Label of obstacle pixels while a frame is being painted; becomes mask 1, label 255.
@@ -20,16 +18,17 @@ _FAR_PX = 12000.0
 
 @dataclass(frozen=True)
 class Lighting:
-    """Light, sky and air of a scene; colours are RGB factors, 1 = white paper in full light.
+    """
+    Light, sky and air of a scene; colours are RGB factors, 1 = white paper in full light.
 
     ``sun`` is the unit vector towards the sun in local coordinates (X right, Y up, Z ahead).
     """
 
-    sun: NDArray[np.float64]
-    sun_rgb: NDArray[np.float64]
-    ambient_rgb: NDArray[np.float64]
-    zenith_rgb: NDArray[np.float64]
-    horizon_rgb: NDArray[np.float64]
+    sun: np.ndarray
+    sun_rgb: np.ndarray
+    ambient_rgb: np.ndarray
+    zenith_rgb: np.ndarray
+    horizon_rgb: np.ndarray
     cloud_cover: float
     cloud_seed: int
     fog_per_m: float
@@ -37,11 +36,23 @@ class Lighting:
     rain: float
     lamps: bool
 
-    def shade(self, normal: NDArray[np.float64]) -> NDArray[np.float64]:
+    def shade(self, normal: np.ndarray) -> np.ndarray:
         """Return RGB light factors (..., 3) on surfaces with unit normals (..., 3)."""
         facing = np.maximum(normal @ self.sun, 0.0)[..., None]
         sky = 0.72 + 0.28 * normal[..., 1:2]
         return self.sun_rgb * facing + self.ambient_rgb * sky
+
+
+@dataclass(frozen=True)
+class Lamp:
+    """A light source in the image: pixels, metres away, RGB 0 to 255, row of its reflection."""
+
+    u: float
+    v: float
+    depth_m: float
+    radius_px: float
+    colour: Colour
+    mirrored_v: float
 
 
 @dataclass
@@ -50,10 +61,10 @@ class Canvas:
 
     view: View
     light: Lighting
-    rgb: NDArray[np.uint8] = field(init=False)
-    labels: NDArray[np.uint8] = field(init=False)
-    depth_m: NDArray[np.float32] = field(init=False)
-    lamps: list[tuple[float, float, float, float, Colour]] = field(init=False)
+    rgb: np.ndarray = field(init=False)
+    labels: np.ndarray = field(init=False)
+    depth_m: np.ndarray = field(init=False)
+    lamps: list['Lamp'] = field(init=False)
 
     def __post_init__(self) -> None:
         """Allocate the images: black, unlabelled, infinitely near."""
@@ -63,7 +74,7 @@ class Canvas:
         self.depth_m = np.zeros((h, w), np.float32)
         self.lamps = []
 
-    def polygon(self, uv: Array, colour: Array | Colour, label: int | None,
+    def polygon(self, uv: np.ndarray, colour: np.ndarray | Colour, label: int | None,
                 depth_m: float = 0.0) -> None:
         """Fill the convex polygon ``uv`` (n, 2); ``label`` None paints colour alone."""
         if len(uv) < 3:
@@ -81,7 +92,7 @@ class Canvas:
             cv2.fillConvexPoly(self.labels, points, float(label), cv2.LINE_8, _SHIFT)
             cv2.fillConvexPoly(self.depth_m, points, float(depth_m), cv2.LINE_8, _SHIFT)
 
-    def polygons(self, uv: Array, colours: Array, label: int, depth_m: float) -> None:
+    def polygons(self, uv: np.ndarray, colours: np.ndarray, label: int, depth_m: float) -> None:
         """Fill convex polygons ``uv`` (k, n, 2) in order; ``colours`` (k, 3)."""
         h, w = self.view.size_hw
         low, high = uv.min((0, 1)), uv.max((0, 1))
@@ -94,15 +105,16 @@ class Canvas:
             cv2.fillConvexPoly(self.labels, corners, label, cv2.LINE_8, _SHIFT)
             cv2.fillConvexPoly(self.depth_m, corners, depth_m, cv2.LINE_8, _SHIFT)
 
-    def solid(self, points: Array, colour: Array | Colour, label: int | None) -> None:
+    def solid(self, points: np.ndarray, colour: np.ndarray | Colour, label: int | None) -> None:
         """Fill a flat convex polygon of local points (n, 3), clipped at the near plane."""
         camera = clip_near(self.view.to_camera(points))
         if len(camera) >= 3:
             self.polygon(self.view.to_image(camera), colour, label, float(camera[:, 2].mean()))
 
-    def plane(self, origin: Array, across: Array, down: Array, mips: list[Array],
-              repeat: float, tint: Array, label: int) -> None:
-        """Paint a textured parallelogram.
+    def plane(self, origin: np.ndarray, across: np.ndarray, down: np.ndarray,
+              mips: list[np.ndarray], repeat: float, tint: np.ndarray, label: int) -> None:
+        """
+        Paint a textured parallelogram.
 
         Parameters
         ----------
@@ -162,9 +174,11 @@ class Canvas:
         inv_depth = np.maximum(a * cols + b * rows + c, 1e-4)
         cv2.copyTo((1.0 / inv_depth).astype(np.float32), mask, self.depth_m[area])
 
-    def sprite(self, foot: Array, height_m: float, mips: list[Array], tint: Array, label: int,
-               mirrored: bool = False, sink: float = 0.0, ragged: bool = False) -> None:
-        """Paint an upright sprite whose bottom centre stands at local point ``foot`` (3,).
+    def sprite(self, foot: np.ndarray, height_m: float, mips: list[np.ndarray],
+               tint: np.ndarray, label: int, mirrored: bool = False, sink: float = 0.0,
+               ragged: bool = False) -> None:
+        """
+        Paint an upright sprite whose bottom centre stands at local point ``foot`` (3,).
 
         ``mips`` are premultiplied uint8 RGBA, ``tint`` RGB light factors (3,), ``sink`` the
         fraction of the sprite below ``foot``. Pixels with alpha of at least 50 % get ``label``;
@@ -212,10 +226,12 @@ class Canvas:
         self.labels[area][solid] = label
         self.depth_m[area][solid] = z
 
-    def lamp(self, point: Array, radius_m: float, colour: Colour) -> None:
+    def lamp(self, point: np.ndarray, radius_m: float, colour: Colour) -> None:
         """Remember a light source at a local point, to be bloomed over the finished frame."""
         camera = self.view.to_camera(point)
         if camera[2] > 1.0:
             u, v = self.view.to_image(camera)
+            below = self.view.to_image(self.view.to_camera(point * (1.0, -1.0, 1.0)))
             radius = radius_m * self.view.focal_px / camera[2]
-            self.lamps.append((float(u), float(v), float(camera[2]), float(radius), colour))
+            self.lamps.append(Lamp(float(u), float(v), float(camera[2]), float(radius), colour,
+                                   float(below[1])))

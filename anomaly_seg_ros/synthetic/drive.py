@@ -2,11 +2,11 @@
 """Drives through synthetic worlds, and single scenes of many worlds for training."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 import math
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.synthetic.camera import Pose
@@ -20,7 +20,8 @@ _TEST_BANKS = 50
 
 
 class SyntheticDrive:
-    """A drive through a synthetic world, as a data set of frames.
+    """
+    A drive through a synthetic world, as a data set of frames.
 
     Frame i is a function of the seed, the size, and i alone: reading frames in any order gives the
     same bits as reading all of them. Labels are Cityscapes train ids, 255 on obstacles and where
@@ -153,13 +154,19 @@ def _with_obstacles(world: World, obstacles: tuple[Item, ...], duration_s: float
                        for o in obstacles)
 
     kept = tuple(item for item in world.items if free(item))
-    return World(world.heading_s, world.heading_rad, world.ground, world.light, kept + obstacles,
-                 world.decals, world.skyline, world.skyline_label, world.lanes,
-                 world.lane_width_m, world.kerbs_d, world.style)
+    return replace(world, items=kept + obstacles)
+
+
+def _collides(item: Item, pose: Pose, time_s: float) -> bool:
+    """Tell whether the camera would be in, or within a metre of, a vehicle or person."""
+    ahead = item.at(time_s) - pose.s
+    return (item.kind == 'vehicle' and abs(ahead) < 7 and abs(item.d - pose.d) < 2.1) or (
+        item.kind == 'person' and abs(ahead) < 1.5 and abs(item.d - pose.d) < 1.2)
 
 
 def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
-    """Paint one moment of a world of its own, for training; it never holds an obstacle.
+    """
+    Paint one moment of a world of its own, for training; it never holds an obstacle.
 
     The camera's height, tilt, focal length and place in the road vary more than in a drive.
     The result is a function of the arguments alone.
@@ -174,7 +181,10 @@ def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
     pose = Pose(float(rng.uniform(2, 40)), float(d), float(rng.uniform(1.2, 1.9)),
                 float(rng.normal(0, 0.05)), float(rng.normal(0, 0.015)),
                 float(rng.normal(0, 0.010)))
+    time_s = float(rng.uniform(0, 2))
+    world = replace(world, items=tuple(item for item in world.items
+                                       if not _collides(item, pose, time_s)))
     view = make_view(world, pose, size_hw, float(rng.uniform(0.68, 0.98)),
                      float(rng.uniform(0.40, 0.54)))
-    image, labels, mask = render(world, view, float(rng.uniform(0, 2)), (seed,))
+    image, labels, mask = render(world, view, time_s, (seed,))
     return Frame(f'{seed:09d}', image, mask, labels)

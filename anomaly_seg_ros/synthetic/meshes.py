@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small polygon models: boxes, lofted vehicles, and how they are lit and painted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 import math
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from anomaly_seg_ros.synthetic.camera import NEAR_M
 from anomaly_seg_ros.synthetic.canvas import Canvas
 
-Array = NDArray[np.float64]
 _CORNERS = 12
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Flat faces of one thing, in its own frame: x right, y up, z ahead, metres.
+    """
+    Flat faces of one thing, in its own frame: x right, y up, z ahead, metres.
 
     ``faces`` (f, 12, 3): corners, the last one repeated to fill; ``normals`` (f, 3) unit, outward;
     ``colours`` (f, 3) RGB 0 to 255; ``bias`` (f,) metres by which a face counts as nearer, for
@@ -27,12 +28,12 @@ class Mesh:
     ``lamps``: (x, y, z, radius, r, g, b) of lights that shine when it is dark.
     """
 
-    faces: Array
-    normals: Array
-    colours: Array
-    bias: Array
-    gloss: Array
-    areas: Array
+    faces: np.ndarray
+    normals: np.ndarray
+    colours: np.ndarray
+    bias: np.ndarray
+    gloss: np.ndarray
+    areas: np.ndarray
     lamps: tuple[tuple[float, ...], ...] = ()
 
 
@@ -40,14 +41,14 @@ class MeshBuilder:
     """Collects faces, then turns their normals outward."""
 
     def __init__(self) -> None:
-        self._faces: list[Array] = []
-        self._centres: list[Array] = []
+        self._faces: list[np.ndarray] = []
+        self._centres: list[np.ndarray] = []
         self._colours: list[tuple[float, ...]] = []
         self._bias: list[float] = []
         self._gloss: list[float] = []
         self._lamps: list[tuple[float, ...]] = []
 
-    def face(self, corners: Array, colour: tuple[float, ...], centre: Array,
+    def face(self, corners: np.ndarray, colour: Sequence[float] | np.ndarray, centre: np.ndarray,
              bias: float = 0.0, gloss: float = 0.0) -> None:
         """Add a convex face (n <= 12, 3) of a body around ``centre``."""
         corners = np.asarray(corners, np.float64)
@@ -96,13 +97,14 @@ class MeshBuilder:
                     np.array(self._gloss), areas, tuple(self._lamps))
 
 
-def yaw_matrix(yaw: float) -> Array:
+def yaw_matrix(yaw: float) -> np.ndarray:
     """Return the rotation about the vertical that turns z ahead by ``yaw`` to the right."""
     c, s = math.cos(yaw), math.sin(yaw)
     return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
 
 
-def paint_mesh(canvas: Canvas, mesh: Mesh, foot: Array, rotation: Array, label: int) -> None:
+def paint_mesh(canvas: Canvas, mesh: Mesh, foot: np.ndarray, rotation: np.ndarray,
+               label: int) -> None:
     """Paint a mesh standing at local point ``foot`` (3,), turned by ``rotation`` (3, 3)."""
     view, light = canvas.view, canvas.light
     world = mesh.faces @ rotation.T + foot
@@ -144,9 +146,10 @@ def paint_mesh(canvas: Canvas, mesh: Mesh, foot: Array, rotation: Array, label: 
                 canvas.lamp(point, radius, (colour[0], colour[1], colour[2]))
 
 
-def shadow_polygon(canvas: Canvas, foot: Array, rotation: Array,
-                   half: tuple[float, float], height: float) -> Array | None:
-    """Return the image (n, 2) of the shadow a box casts on the ground, None without sun.
+def shadow_polygon(canvas: Canvas, foot: np.ndarray, rotation: np.ndarray,
+                   half: tuple[float, float], height: float) -> np.ndarray | None:
+    """
+    Return the image (n, 2) of the shadow a box casts on the ground, None without sun.
 
     ``half`` are the box's half extents along its x and z, ``height`` its height, metres.
     """
@@ -186,7 +189,7 @@ _PROFILES = {
 _GLASS = (34, 40, 46)
 
 
-def _inset(quad: Array, share: float, rise: float = 0.0) -> Array:
+def _inset(quad: np.ndarray, share: float, rise: float = 0.0) -> np.ndarray:
     centre = quad.mean(0)
     inner = centre + (quad - centre) * share
     inner[:, 1] += rise
@@ -195,7 +198,8 @@ def _inset(quad: Array, share: float, rise: float = 0.0) -> Array:
 
 @lru_cache(maxsize=256)
 def vehicle(kind: str, seed: int) -> tuple[Mesh, tuple[float, float, float]]:
-    """Return a vehicle's mesh and its half width, half length and height in metres.
+    """
+    Return a vehicle's mesh and its half width, half length and height in metres.
 
     ``kind``: 'sedan', 'hatch', 'suv', 'van', 'truck' or 'bus'. Ahead (+z) is its front; the
     origin is on the ground under its middle.
@@ -212,7 +216,7 @@ def vehicle(kind: str, seed: int) -> tuple[Mesh, tuple[float, float, float]]:
     if kind == 'van':
         tumble = 0.92
     centre = np.array([0.0, 0.8, 0.0])
-    for a, b in zip(stations[:-1], stations[1:], strict=True):
+    for a, b in pairwise(stations):
         roof_w = [s[2] * (tumble if s[3] > s[1] + 0.02 else 1.0) for s in (a, b)]
         for side in (-1.0, 1.0):
             low = np.array([(side * a[2], sill, a[0]), (side * b[2], sill, b[0]),
@@ -252,7 +256,7 @@ def vehicle(kind: str, seed: int) -> tuple[Mesh, tuple[float, float, float]]:
             build.lamp((x0 + x1) / 2, y, z, 0.30 if sign > 0 else 0.16,
                        (255., 240., 205.) if sign > 0 else (255., 36., 24.))
     build.box((-0.7, 0.13, -length / 2 + 0.15), (0.7, sill + 0.05, length / 2 - 0.15),
-              (14, 14, 15), -0.3)
+              (14, 14, 15), -9.0)
     radius = 0.36 if kind == 'suv' else 0.32
     for side in (-1.0, 1.0):
         for z in (stations[0, 0] + length * 0.19, stations[-1, 0] - length * 0.19):
@@ -282,8 +286,8 @@ def _large_vehicle(build: MeshBuilder, kind: str, paint: tuple[float, ...],
                                  (x, .7, -half_l)]), tuple(body * 0.45), centre, 0.2)
         for sign in (-1.0, 1.0):
             z = sign * (half_l + 0.01)
-            build.face(np.array([(-1.1, 1.15, z), (1.1, 1.15, z), (1.1, 2.45, z), (-1.1, 2.45, z)]),
-                       _GLASS, centre, 0.3, 0.35)
+            build.face(np.array([(-1.1, 1.15, z), (1.1, 1.15, z), (1.1, 2.45, z),
+                                 (-1.1, 2.45, z)]), _GLASS, centre, 0.3, 0.35)
             build.face(np.array([(-.8, 2.55, z), (.8, 2.55, z), (.8, 2.88, z), (-.8, 2.88, z)]),
                        (24, 22, 20), centre, 0.3)
             build.face(np.array([(-.62, 2.62, z * 1.001), (.5, 2.62, z * 1.001),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Things that do not belong on a road: the anomalies of test drives.
+"""
+Things that do not belong on a road: the anomalies of test drives.
 
 No training scene contains any of them, and the training outliers of ``outliers.py`` share neither
 a shape nor a texture with them: those are flat cut-outs with mathematical patterns, these are
@@ -7,12 +8,11 @@ solid things with the surfaces of real ones.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 import math
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from anomaly_seg_ros.synthetic.camera import NEAR_M
 from anomaly_seg_ros.synthetic.canvas import Canvas, OBSTACLE
@@ -20,11 +20,10 @@ from anomaly_seg_ros.synthetic.meshes import Mesh, MeshBuilder, paint_mesh, yaw_
 from anomaly_seg_ros.synthetic.textures import blend, inflate, mip_levels, noise_crop
 from anomaly_seg_ros.synthetic.world import Item
 
-Array = NDArray[np.generic]
 Rng = np.random.Generator
 
 
-def _planks(rng: Rng) -> Array:
+def _planks(rng: Rng) -> np.ndarray:
     image = np.full((128, 128, 3), blend(rng, (150, 108, 62), (196, 150, 96)), np.float32)
     boards = rng.integers(4, 7)
     for k in range(boards):
@@ -39,7 +38,7 @@ def _planks(rng: Rng) -> Array:
     return image
 
 
-def _cardboard(rng: Rng) -> Array:
+def _cardboard(rng: Rng) -> np.ndarray:
     image = np.full((128, 128, 3), (186, 146, 100), np.float32) * rng.uniform(0.85, 1.1)
     image *= 1 + 0.035 * noise_crop(rng, 128, 128, 1.2)[..., None]
     image[:, 54:74] = image[:, 54:74] * 0.35 + np.array((214, 190, 140)) * 0.65
@@ -51,7 +50,7 @@ def _cardboard(rng: Rng) -> Array:
     return image
 
 
-def _upholstery(rng: Rng) -> Array:
+def _upholstery(rng: Rng) -> np.ndarray:
     base = blend(rng, (70, 20, 40), (150, 110, 150))
     image = np.full((128, 128, 3), base, np.float32)
     image *= 1 + 0.08 * noise_crop(rng, 128, 128, 0.2)[..., None]
@@ -61,7 +60,7 @@ def _upholstery(rng: Rng) -> Array:
     return image
 
 
-def _plaid(rng: Rng) -> Array:
+def _plaid(rng: Rng) -> np.ndarray:
     a, b = rng.uniform(20, 235, 3), rng.uniform(20, 235, 3)
     image = np.full((128, 128, 3), a, np.float32)
     bands = np.zeros(128)
@@ -71,7 +70,7 @@ def _plaid(rng: Rng) -> Array:
     return image * (1 - weave) + b * weave
 
 
-def _rust(rng: Rng) -> Array:
+def _rust(rng: Rng) -> np.ndarray:
     spots = noise_crop(rng, 128, 128, 1.3)[..., None]
     metal = np.array(blend(rng, (60, 90, 70), (150, 150, 150)), np.float32)
     image = np.where(spots > 0.4, np.array((138, 70, 34), np.float32), metal)
@@ -80,7 +79,7 @@ def _rust(rng: Rng) -> Array:
     return image * (1 + 0.1 * noise_crop(rng, 128, 128, 0.5)[..., None])
 
 
-def _enamel(rng: Rng) -> Array:
+def _enamel(rng: Rng) -> np.ndarray:
     image = np.full((128, 128, 3), rng.uniform(205, 240), np.float32)
     image[44:47] *= 0.45
     image[20:38, 12:17] = (90, 92, 96)
@@ -88,7 +87,7 @@ def _enamel(rng: Rng) -> Array:
     return image * np.linspace(1.05, 0.88, 128)[None, :, None]
 
 
-def _quilt(rng: Rng) -> Array:
+def _quilt(rng: Rng) -> np.ndarray:
     base = blend(rng, (170, 160, 150), (226, 222, 226))
     y, x = np.mgrid[0:128, 0:128]
     relief = np.abs(np.sin((x + y) * math.pi / 32)) * np.abs(np.sin((x - y) * math.pi / 32))
@@ -96,20 +95,20 @@ def _quilt(rng: Rng) -> Array:
 
 
 # Surfaces of flat-sided obstacles: name -> 128 x 128 RGB float32.
-TEXTURES: dict[str, Callable[[Rng], Array]] = {
+TEXTURES: dict[str, Callable[[Rng], np.ndarray]] = {
     'planks': _planks, 'cardboard': _cardboard, 'upholstery': _upholstery, 'plaid': _plaid,
     'rust': _rust, 'enamel': _enamel, 'quilt': _quilt}
 
 
 @lru_cache(maxsize=128)
-def texture_mips(name: str, seed: int) -> list[Array]:
+def texture_mips(name: str, seed: int) -> list[np.ndarray]:
     """Return an obstacle texture and its halvings, uint8 RGB."""
     image = TEXTURES[name](np.random.default_rng([seed, 81]))
     return mip_levels(np.clip(image, 0, 255).astype(np.uint8))
 
 
-def _tube(build: MeshBuilder, rings: list[tuple[Array, float, Array, Array]], sides: int,
-          colour_at: Callable[[int, int], tuple[float, ...]]) -> None:
+def _tube(build: MeshBuilder, rings: list[tuple[np.ndarray, float, np.ndarray, np.ndarray]],
+          sides: int, colour_at: Callable[[int, int], tuple[float, ...]]) -> None:
     """Add a tube through rings of (centre, radius, axis u, axis v)."""
     angles = np.arange(sides + 1) * (2 * math.pi / sides)
     loops = [c + r * (np.cos(angles)[:, None] * u + np.sin(angles)[:, None] * v)
@@ -163,6 +162,10 @@ def _barrel(rng: Rng) -> Mesh:
     return build.build()
 
 
+def _cell(table: np.ndarray, row: int, column: int) -> tuple[float, ...]:
+    return tuple(table[row, column])
+
+
 def _log_pile(rng: Rng) -> Mesh:
     build = MeshBuilder()
     places = ((-.3, .17), (.08, .16), (-.1, .46)) if rng.random() < 0.6 else ((0.0, .2),)
@@ -171,8 +174,8 @@ def _log_pile(rng: Rng) -> Mesh:
         bark = blend(rng, (70, 50, 36), (110, 84, 60))
         rings = [(X * x + Y * y + Z * z, radius * rng.uniform(0.95, 1.05), Y, Z)
                  for x in (-half, -half / 3, half / 3, half)]
-        tints = rng.uniform(0.75, 1.15, (4, 9))
-        _tube(build, rings, 9, lambda k, j, b=bark, t=tints: tuple(b * t[k, j]))
+        tints = bark * rng.uniform(0.75, 1.15, (4, 9, 1))
+        _tube(build, rings, 9, partial(_cell, tints))
         for sign in (-1, 1):
             for share, colour in ((1.0, (206, 168, 112)), (0.6, (180, 138, 86)),
                                   (0.3, (160, 116, 70))):
@@ -295,7 +298,7 @@ SHAPES: tuple[str, ...] = (*BOXES, *MESHES, *ANIMALS)
 
 
 @lru_cache(maxsize=64)
-def animal_sprite(kind: str, seed: int) -> list[Array]:
+def animal_sprite(kind: str, seed: int) -> list[np.ndarray]:
     """Return an animal from the side as mip levels of a 224 x 288 sprite, uint8 RGBA."""
     _, bulk, leg, neck, coat, marking = ANIMALS[kind]
     rng = np.random.default_rng([seed, 91])
@@ -309,10 +312,12 @@ def animal_sprite(kind: str, seed: int) -> list[Array]:
         knee = (x + lean, h - leg_px // 2)
         cv2.line(alpha, (x, back + thick // 4), knee, 255, max(8, thick // 5), cv2.LINE_AA)
         cv2.line(alpha, knee, (x + lean // 2, h - 5), 255, max(6, thick // 8), cv2.LINE_AA)
-    cv2.ellipse(alpha, (x0 + length // 2, back), (length // 2 + 12, thick // 2), 0, 0, 360, 255, -1)
+    cv2.ellipse(alpha, (x0 + length // 2, back), (length // 2 + 12, thick // 2), 0, 0, 360,
+                255, -1)
     cv2.ellipse(alpha, (x0 + length - 12, back - 4), (thick // 2, thick // 2), 0, 0, 360, 255, -1)
     head = (x0 + length + 36, int(back - 190 * neck - 6))
-    cv2.line(alpha, (x0 + length - 4, back - 8), head, 255, max(18, int(thick * 0.42)), cv2.LINE_AA)
+    cv2.line(alpha, (x0 + length - 4, back - 8), head, 255, max(18, int(thick * 0.42)),
+             cv2.LINE_AA)
     cv2.ellipse(alpha, (head[0] + 12, head[1] + 4), (28, 14), 22, 0, 360, 255, -1, cv2.LINE_AA)
     cv2.line(alpha, (head[0] - 6, head[1] - 6), (head[0] - 16, head[1] - 22), 255, 8, cv2.LINE_AA)
     cv2.line(alpha, (x0 - 6, back - 8), (x0 - 24, back + 26), 255, 7, cv2.LINE_AA)
@@ -393,8 +398,8 @@ def paint_obstacle(canvas: Canvas, item: Item) -> None:
             _paint_box(canvas, foot + turn @ np.array([x, y, z]), turn, (wide, deep, tall), mips)
 
 
-def _paint_box(canvas: Canvas, foot: Array, turn: Array, size: tuple[float, float, float],
-               mips: list[Array]) -> None:
+def _paint_box(canvas: Canvas, foot: np.ndarray, turn: np.ndarray,
+               size: tuple[float, float, float], mips: list[np.ndarray]) -> None:
     wide, deep, tall = size
     right, ahead, up = turn[:, 0] * wide, turn[:, 2] * deep, np.array([0.0, tall, 0.0])
     corner = foot - right / 2 - ahead / 2

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut-outs pasted into training scenes, to teach a network what being unknown looks like.
+"""
+Cut-outs pasted into training scenes, to teach a network what being unknown looks like.
 
 This is outlier exposure (Hendrycks et al., ICLR 2019) in the form of Fishyscapes' overlays
 (Blum et al., IJCV 2021). The cut-outs are flat outlines filled with mathematical patterns or with
@@ -12,24 +13,22 @@ import math
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from anomaly_seg_ros.synthetic.textures import noise_crop
 
-Image = NDArray[np.float32]
 Rng = np.random.Generator
 
 INLIER, OUTLIER, IGNORED = 0, 1, 255
 
 
-def _polygon(rng: Rng, size: int) -> NDArray[np.uint8]:
+def _polygon(rng: Rng, size: int) -> np.ndarray:
     count = int(rng.integers(5, 12))
     angles = np.sort(rng.uniform(0, 2 * math.pi, count))
     radii = rng.uniform(0.25, 0.5, count) * size
     return _filled(size, np.stack([np.cos(angles) * radii, np.sin(angles) * radii], 1))
 
 
-def _lobes(rng: Rng, size: int) -> NDArray[np.uint8]:
+def _lobes(rng: Rng, size: int) -> np.ndarray:
     angles = np.arange(48) * (2 * math.pi / 48)
     radii = np.full(48, 0.34)
     for k in range(2, 7):
@@ -38,7 +37,7 @@ def _lobes(rng: Rng, size: int) -> NDArray[np.uint8]:
     return _filled(size, np.stack([np.cos(angles) * radii, np.sin(angles) * radii], 1))
 
 
-def _stroke(rng: Rng, size: int) -> NDArray[np.uint8]:
+def _stroke(rng: Rng, size: int) -> np.ndarray:
     mask = np.zeros((size, size), np.uint8)
     points = rng.uniform(0.15, 0.85, (int(rng.integers(2, 5)), 2)) * size
     cv2.polylines(mask, [points.astype(np.int32)], False, 255,
@@ -46,7 +45,7 @@ def _stroke(rng: Rng, size: int) -> NDArray[np.uint8]:
     return mask
 
 
-def _splinters(rng: Rng, size: int) -> NDArray[np.uint8]:
+def _splinters(rng: Rng, size: int) -> np.ndarray:
     mask = np.zeros((size, size), np.uint8)
     for _ in range(int(rng.integers(3, 9))):
         corners = rng.uniform(0.2, 0.8, 2) * size + rng.normal(0, 0.16 * size, (3, 2))
@@ -54,20 +53,20 @@ def _splinters(rng: Rng, size: int) -> NDArray[np.uint8]:
     return mask
 
 
-def _filled(size: int, offsets: NDArray[np.float64]) -> NDArray[np.uint8]:
+def _filled(size: int, offsets: np.ndarray) -> np.ndarray:
     mask = np.zeros((size, size), np.uint8)
     cv2.fillPoly(mask, [np.round((offsets + size / 2) * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
     return mask
 
 
-def _two(rng: Rng) -> tuple[Image, Image]:
+def _two(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     a, b = rng.uniform(5, 250, 3), rng.uniform(5, 250, 3)
     if rng.random() < 0.4:  # greyish
         a, b = a * 0.25 + a.mean() * 0.75, b * 0.25 + b.mean() * 0.75
     return a.astype(np.float32), b.astype(np.float32)
 
 
-def _ramp(rng: Rng, size: int) -> Image:
+def _ramp(rng: Rng, size: int) -> np.ndarray:
     a, b = _two(rng)
     turn = rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[0:size, 0:size] / max(size - 1, 1) - 0.5
@@ -75,13 +74,13 @@ def _ramp(rng: Rng, size: int) -> Image:
     return (a * mix + b * (1 - mix)).astype(np.float32)
 
 
-def _fractal(rng: Rng, size: int) -> Image:
+def _fractal(rng: Rng, size: int) -> np.ndarray:
     a, b = _two(rng)
     mix = np.clip(0.5 + 0.35 * noise_crop(rng, size, size, rng.uniform(0.3, 1.6)), 0, 1)[..., None]
     return a * mix + b * (1 - mix)
 
 
-def _ripples(rng: Rng, size: int) -> Image:
+def _ripples(rng: Rng, size: int) -> np.ndarray:
     a, b = _two(rng)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     cx, cy = rng.uniform(-size, 2 * size, 2)
@@ -89,7 +88,7 @@ def _ripples(rng: Rng, size: int) -> Image:
     return (a * mix + b * (1 - mix)).astype(np.float32)
 
 
-def _cells(rng: Rng, size: int) -> Image:
+def _cells(rng: Rng, size: int) -> np.ndarray:
     count = int(rng.integers(4, 20))
     seeds = rng.uniform(0, size, (count, 2)).astype(np.float32)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
@@ -98,22 +97,22 @@ def _cells(rng: Rng, size: int) -> Image:
     return (a + (b - a) * rng.random((count, 1)).astype(np.float32))[nearest].astype(np.float32)
 
 
-def _static(rng: Rng, size: int) -> Image:
+def _static(rng: Rng, size: int) -> np.ndarray:
     a, b = _two(rng)
     mix = rng.random((size, size, 1)).astype(np.float32) ** rng.uniform(0.5, 2)
     return cv2.GaussianBlur(a * mix + b * (1 - mix), (0, 0), rng.uniform(0.4, 1.5))
 
 
 # What cut-outs look like; disjoint from obstacles.SHAPES and obstacles.TEXTURES.
-SHAPES: dict[str, Callable[[Rng, int], NDArray[np.uint8]]] = {
+SHAPES: dict[str, Callable[[Rng, int], np.ndarray]] = {
     'polygon': _polygon, 'lobes': _lobes, 'stroke': _stroke, 'splinters': _splinters}
-TEXTURES: dict[str, Callable[[Rng, int], Image]] = {
+TEXTURES: dict[str, Callable[[Rng, int], np.ndarray]] = {
     'ramp': _ramp, 'fractal': _fractal, 'ripples': _ripples, 'cells': _cells, 'static': _static}
 # Besides these, pieces of another scene, turned and recoloured.
 SCRAMBLED = 'scrambled_scene'
 
 
-def _scrambled(rng: Rng, size: int, other: NDArray[np.uint8]) -> Image:
+def _scrambled(rng: Rng, size: int, other: np.ndarray) -> np.ndarray:
     h, w = other.shape[:2]
     span = int(min(size * rng.uniform(0.6, 2.0), h - 1, w - 1))
     y, x = int(rng.integers(0, h - span)), int(rng.integers(0, w - span))
@@ -124,9 +123,10 @@ def _scrambled(rng: Rng, size: int, other: NDArray[np.uint8]) -> Image:
     return np.ascontiguousarray(piece)
 
 
-def paste_outliers(rng: Rng, image: NDArray[np.uint8], labels: NDArray[np.uint8],
-                   other: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """Paste ``count`` cut-outs into ``image`` in place.
+def paste_outliers(rng: Rng, image: np.ndarray, labels: np.ndarray,
+                   other: np.ndarray, count: int) -> np.ndarray:
+    """
+    Paste ``count`` cut-outs into ``image`` in place.
 
     Parameters
     ----------
@@ -164,8 +164,8 @@ def paste_outliers(rng: Rng, image: NDArray[np.uint8], labels: NDArray[np.uint8]
     return marks
 
 
-def _paste(rng: Rng, image: NDArray[np.uint8], marks: NDArray[np.uint8],
-           other: NDArray[np.uint8], u: int, v: int, size: int) -> None:
+def _paste(rng: Rng, image: np.ndarray, marks: np.ndarray,
+           other: np.ndarray, u: int, v: int, size: int) -> None:
     h, w = marks.shape
     mask = SHAPES[str(rng.choice(list(SHAPES)))](rng, size)
     squeeze = rng.uniform(0.45, 1.0)
@@ -203,7 +203,7 @@ def _paste(rng: Rng, image: NDArray[np.uint8], marks: NDArray[np.uint8],
     mark[soft >= 0.75] = OUTLIER
 
 
-def _cast_shadow(rng: Rng, image: NDArray[np.uint8], u: int, v: int, wide: int, tall: int) -> None:
+def _cast_shadow(rng: Rng, image: np.ndarray, u: int, v: int, wide: int, tall: int) -> None:
     """Darken the ground at the foot of a cut-out; it stays an inlier."""
     h, w = image.shape[:2]
     half = int(wide * rng.uniform(0.4, 0.8))

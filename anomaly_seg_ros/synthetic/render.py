@@ -6,7 +6,6 @@ import math
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from anomaly_seg_ros.synthetic import world as w_
 from anomaly_seg_ros.synthetic.camera import FAR_M, Pose, View
@@ -18,7 +17,6 @@ from anomaly_seg_ros.synthetic.textures import (
     foliage_sprite, house_mips, noise_tile, person_sprite, surface_mips)
 from anomaly_seg_ros.synthetic.world import Item, World
 
-Array = NDArray[np.generic]
 UP = np.array([0.0, 1.0, 0.0])
 # Distance from which things are drawn, metres; thin ones would be under a pixel or two before.
 _SEEN_TO_M = {'house': 260.0, 'tree': 260.0, 'lamp': 95.0, 'sign': 95.0, 'signal': 95.0,
@@ -29,8 +27,9 @@ _SQUIRCLE = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.5
 
 
 def render(world: World, view: View, time_s: float, noise_seed: tuple[int, ...]
-           ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-    """Paint the world as the camera sees it.
+           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Paint the world as the camera sees it.
 
     Parameters
     ----------
@@ -73,12 +72,12 @@ def _visible(world: World, view: View, time_s: float) -> list[tuple[float, Item]
     for item in world.items:
         near = item.at(time_s) - here
         far = near + item.size[0]
-        if -6 < far and near < _SEEN_TO_M.get(item.kind, 170.0):
+        if far > -6 and near < _SEEN_TO_M.get(item.kind, 170.0):
             found.append((far, item))
     return found
 
 
-def _sky_colour(canvas: Canvas, rays: tuple[NDArray[np.float32], ...]) -> NDArray[np.uint8]:
+def _sky_colour(canvas: Canvas, rays: tuple[np.ndarray, ...]) -> np.ndarray:
     """Return the sky along rays, uint8 RGB: gradient, glow about the sun, clouds."""
     light = canvas.light
     x, y, z = rays
@@ -117,7 +116,9 @@ def _paint_sky(canvas: Canvas, world: World) -> None:
     view = canvas.view
     h, w = view.size_hw
     left, right = view.horizon_rows()
-    bottom = int(np.clip(max(left, right) + 2, 1, h))
+    # Down to where the ground begins, FAR_M away.
+    gap = view.pose.height * view.focal_px / FAR_M
+    bottom = int(np.clip(max(left, right) + gap + 3, 1, h))
     # The sky is smooth: half the resolution is enough.
     small = View(view.pose, ((bottom + 1) // 2, (w + 1) // 2), view.focal_px / 2,
                  view.centre_uv[1] / 2, world.heading_s, world.heading_rad)
@@ -147,7 +148,7 @@ def _paint_sky(canvas: Canvas, world: World) -> None:
 
 def _paint_ground(canvas: Canvas, world: World, time_s: float) -> None:
     view, ground, light = canvas.view, world.ground, canvas.light
-    h, w = view.size_hw
+    h = view.size_hw[0]
     row0 = int(np.clip(math.floor(min(view.horizon_rows())), 0, h))
     if row0 >= h - 1:
         return
@@ -172,7 +173,7 @@ def _paint_ground(canvas: Canvas, world: World, time_s: float) -> None:
     level = cv2.log(across_px / np.float32(w_.PROFILE_STEP_M)) * np.float32(1 / math.log(2))
     np.clip(level, 0, w_.PROFILE_LEVELS - 1, out=level)
 
-    def look_up(tables: NDArray[np.float32]) -> NDArray[np.float32]:
+    def look_up(tables: np.ndarray) -> np.ndarray:
         # One table row per level: the look-up interpolates between levels as well.
         return cv2.remap(tables, map_d, level, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
@@ -190,7 +191,7 @@ def _paint_ground(canvas: Canvas, world: World, time_s: float) -> None:
         grain += sampled
     width = np.maximum(along_px, np.float32(0.02))
 
-    def pulse(period: float, on: float) -> NDArray[np.float32]:
+    def pulse(period: float, on: float) -> np.ndarray:
         # Share of the pixel's footprint covered by a pulse train along s.
         soft = _modulo(s, period)
         soft -= period / 2
@@ -237,7 +238,7 @@ def _paint_ground(canvas: Canvas, world: World, time_s: float) -> None:
                 _darken(canvas, uv, decal)
 
 
-def _darken(canvas: Canvas, uv: Array, factor: float) -> None:
+def _darken(canvas: Canvas, uv: np.ndarray, factor: float) -> None:
     h, w = canvas.view.size_hw
     u0, v0 = np.maximum(uv.min(0), 0).astype(int)
     u1, v1 = np.minimum(uv.max(0) + 2, (w, h)).astype(int)
@@ -265,7 +266,7 @@ def _footprint(item: Item) -> tuple[float, float, float] | None:
 
 
 def _ground_shadow(canvas: Canvas, world: World, time_s: float, row0: int
-                   ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+                   ) -> tuple[np.ndarray, np.ndarray]:
     """Return the sunlit share and the contact-shadow factor of ground pixels, float32, 0 to 1."""
     view, light = canvas.view, canvas.light
     h, w = view.size_hw
@@ -274,7 +275,7 @@ def _ground_shadow(canvas: Canvas, world: World, time_s: float, row0: int
     sun = np.full(shape, 255, np.uint8)
     contact = np.full(shape, 255, np.uint8)
 
-    def fill(image: NDArray[np.uint8], uv: Array, value: float) -> None:
+    def fill(image: np.ndarray, uv: np.ndarray, value: float) -> None:
         points = np.clip((uv - (0, row0)) / 2, -4000, 4000)
         cv2.fillConvexPoly(image, np.round(points * 16).astype(np.int32), value, cv2.LINE_AA, 4)
 
@@ -321,8 +322,8 @@ def _ground_shadow(canvas: Canvas, world: World, time_s: float, row0: int
     return out[0], out[1]
 
 
-def _mirror_share(labels: NDArray[np.uint8], s: NDArray[np.float32], d: NDArray[np.float32],
-                  dist: NDArray[np.float32], wet: float) -> NDArray[np.float32]:
+def _mirror_share(labels: np.ndarray, s: np.ndarray, d: np.ndarray,
+                  dist: np.ndarray, wet: float) -> np.ndarray:
     """Return the share of sky light that wet ground mirrors, float32, 0 to 1."""
     puddle = _wrapped(noise_tile(3, 512, 1.5), d, s, 14.0, 9.0)
     share = np.clip(dist / np.float32(45), 0.06, 0.55)
@@ -332,8 +333,8 @@ def _mirror_share(labels: NDArray[np.uint8], s: NDArray[np.float32], d: NDArray[
     return share
 
 
-def _wrapped(tile: NDArray[np.float32], d: NDArray[np.float32], s: NDArray[np.float32],
-             per_m_d: float, per_m_s: float) -> NDArray[np.float32]:
+def _wrapped(tile: np.ndarray, d: np.ndarray, s: np.ndarray,
+             per_m_d: float, per_m_s: float) -> np.ndarray:
     """Sample a periodic tile at ``per_m_*`` texels per metre of d and s."""
     size = tile.shape[0]
     return cv2.remap(tile, _modulo(d * np.float32(per_m_d), size),
@@ -341,12 +342,12 @@ def _wrapped(tile: NDArray[np.float32], d: NDArray[np.float32], s: NDArray[np.fl
                      borderMode=cv2.BORDER_WRAP)
 
 
-def _modulo(x: NDArray[np.float32], period: float) -> NDArray[np.float32]:
+def _modulo(x: np.ndarray, period: float) -> np.ndarray:
     # Twenty times as fast as np.mod.
     return x - np.floor(x * np.float32(1 / period)) * np.float32(period)
 
 
-def _tint(canvas: Canvas, normal: NDArray[np.float64]) -> NDArray[np.float64]:
+def _tint(canvas: Canvas, normal: np.ndarray) -> np.ndarray:
     return canvas.light.shade(normal)
 
 
@@ -443,7 +444,7 @@ def _paint_vehicle(canvas: Canvas, world: World, item: Item, time_s: float) -> N
     paint_mesh(canvas, mesh, view.local(s, item.d), turn, label)
 
 
-def _post(canvas: Canvas, foot: Array, height: float, width: float,
+def _post(canvas: Canvas, foot: np.ndarray, height: float, width: float,
           colour: tuple[int, int, int], label: int) -> None:
     """Paint an upright post of ``width`` metres, lighter on its left."""
     half = width / 2
@@ -486,10 +487,10 @@ def _paint_sign(canvas: Canvas, world: World, item: Item, time_s: float) -> None
     centre = foot + (0, height + 0.1, -0.04)
     circle = np.arange(12) * (math.pi / 6) + math.pi / 12
 
-    def ring(radius: float, angles: Array) -> Array:
+    def ring(radius: float, angles: np.ndarray) -> np.ndarray:
         return centre + radius * np.stack([np.sin(angles), np.cos(angles), 0 * angles], 1)
 
-    def bar(half_w: float, half_h: float) -> Array:
+    def bar(half_w: float, half_h: float) -> np.ndarray:
         return centre + np.array([(-half_w, -half_h, 0), (half_w, -half_h, 0),
                                   (half_w, half_h, 0), (-half_w, half_h, 0)])
 
@@ -579,14 +580,14 @@ _PAINTERS = {
 
 
 @lru_cache(maxsize=8)
-def _vignette(height: int, width: int) -> NDArray[np.float32]:
+def _vignette(height: int, width: int) -> np.ndarray:
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     fall = 1 - 0.20 * (0.55 * x * x + 0.45 * y * y) ** 1.3
     return np.ascontiguousarray(np.repeat(fall[..., None], 3, 2))
 
 
-def _photograph(canvas: Canvas, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _photograph(canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
     """Put the air between the things and the camera, and the camera's own traits."""
     light, view = canvas.light, canvas.view
     h, w = view.size_hw
@@ -627,28 +628,36 @@ def _photograph(canvas: Canvas, rng: np.random.Generator) -> NDArray[np.uint8]:
     return cv2.LUT(image.astype(np.uint8), np.clip(tone * 255, 0, 255).astype(np.uint8))
 
 
-def _bloom(canvas: Canvas, image: NDArray[np.float32]) -> None:
+def _bloom(canvas: Canvas, image: np.ndarray) -> None:
     h, w = canvas.view.size_hw
     scale = 4
     glow = np.zeros((h // scale + 1, w // scale + 1, 3), np.float32)
-    for u, v, z, radius, colour in canvas.lamps:
+    wet = canvas.light.wet
+    for lamp in canvas.lamps:
+        u, v = lamp.u, lamp.v
         if not (-60 < u < w + 60 and -60 < v < h + 60):
             continue
         # Hidden lamps do not shine: something nearer was painted over them.
-        if 0 <= u < w and 0 <= v < h and 0 < canvas.depth_m[int(v), int(u)] < z - 3:
+        if 0 <= u < w and 0 <= v < h and 0 < canvas.depth_m[int(v), int(u)] < lamp.depth_m - 3:
             continue
-        size = max(radius / scale, 0.35)
-        centre = (round(u / scale * 16), round(v / scale * 16))
-        power = min(1.0, radius / 3 + 0.25)
-        tinted = tuple(c * power for c in colour)
-        cv2.circle(glow, centre, round(size * 16), tinted, -1, cv2.LINE_8, 4)
+        size = max(lamp.radius_px / scale, 0.35)
+        power = min(1.0, lamp.radius_px / 3 + 0.25)
+        colour = tuple(c * power for c in lamp.colour)
+        cv2.circle(glow, (round(u / scale * 16), round(v / scale * 16)), round(size * 16), colour,
+                   -1, cv2.LINE_8, 4)
+        low = lamp.mirrored_v
+        if wet and 0 <= u < w and low < h and canvas.labels[int(low), int(u)] <= w_.SIDEWALK:
+            # Wet ground shows it again, drawn out along the line of sight.
+            cv2.ellipse(glow, (round(u / scale * 16), round(low / scale * 16)),
+                        (round(size * 16), round(size * 110)), 0, 0, 360,
+                        tuple(0.2 * wet * c for c in colour), -1, cv2.LINE_8, 4)
     wide = cv2.GaussianBlur(glow, (0, 0), w / 1280 * 7)
     tight = cv2.GaussianBlur(glow, (0, 0), w / 1280 * 1.6)
     both = 0.9 * wide * 2.0 + 0.6 * tight
     image += cv2.resize(both, (glow.shape[1] * scale, glow.shape[0] * scale))[:h, :w]
 
 
-def _rain(image: NDArray[np.float32], amount: float, rng: np.random.Generator) -> None:
+def _rain(image: np.ndarray, amount: float, rng: np.random.Generator) -> None:
     h, w = image.shape[:2]
     veil = np.zeros((h, w), np.uint8)
     for _ in range(int(260 * amount)):

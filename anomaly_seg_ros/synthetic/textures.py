@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Procedural textures and sprites: noise, facades, walls, foliage and people.
+"""
+Procedural textures and sprites: noise, facades, walls, foliage and people.
 
 Everything is a pure function of its arguments, so results may be cached freely. Textures are uint8
 RGB (h, w, 3); sprites are uint8 RGBA (h, w, 4) with colour already multiplied by alpha.
@@ -9,14 +10,13 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
 
 
 @lru_cache(maxsize=16)
-def noise_tile(seed: int, size: int = 512, beta: float = 1.0) -> NDArray[np.float32]:
-    """Return a tile of periodic noise with amplitude spectrum 1 / f ** beta.
+def noise_tile(seed: int, size: int = 512, beta: float = 1.0) -> np.ndarray:
+    """
+    Return a tile of periodic noise with amplitude spectrum 1 / f ** beta.
 
     float32 (size, size), mean 0, standard deviation 1, clipped to +-3.
     """
@@ -34,7 +34,7 @@ def noise_tile(seed: int, size: int = 512, beta: float = 1.0) -> NDArray[np.floa
 
 
 def noise_crop(rng: np.random.Generator, height: int, width: int, beta: float = 1.0
-               ) -> NDArray[np.float32]:
+               ) -> np.ndarray:
     """Return a random (height, width) window of a noise tile, float32, about N(0, 1)."""
     tile = noise_tile(int(rng.integers(0, 4)), 512, beta)
     y, x = rng.integers(0, 512, 2)
@@ -43,7 +43,7 @@ def noise_crop(rng: np.random.Generator, height: int, width: int, beta: float = 
     return tile[rows[:, None], cols[None, :]]
 
 
-def mip_levels(texture: Array, smallest: int = 4) -> list[Array]:
+def mip_levels(texture: np.ndarray, smallest: int = 4) -> list[np.ndarray]:
     """Return ``texture`` and its halvings, down to ``smallest`` pixels on the short side."""
     levels = [texture]
     while min(levels[-1].shape[:2]) >= 2 * smallest:
@@ -53,7 +53,7 @@ def mip_levels(texture: Array, smallest: int = 4) -> list[Array]:
 
 
 def blend(rng: np.random.Generator, low: tuple[float, ...], high: tuple[float, ...]
-          ) -> NDArray[np.float32]:
+          ) -> np.ndarray:
     """Return a colour between two, with a slight cast of its own, float32 RGB."""
     share = rng.random()
     colour = np.array(low) * (1 - share) + np.array(high) * share
@@ -67,7 +67,7 @@ FACADE_COLOURS = (
 
 
 def facade(seed: int, width_m: float, height_m: float, pixels_per_m: int = 22
-           ) -> tuple[Array, Array]:
+           ) -> tuple[np.ndarray, np.ndarray]:
     """Return a house front by day and by night, each uint8 RGB (h, w, 3), top row first."""
     rng = np.random.default_rng([seed, 21])
     h, w = int(height_m * pixels_per_m), int(width_m * pixels_per_m)
@@ -97,7 +97,8 @@ def facade(seed: int, width_m: float, height_m: float, pixels_per_m: int = 22
         ground = floor == 0
         if ground and shop:
             y0, y1 = h - int(0.8 * floor_px), h - int(0.1 * floor_px)
-            band = blend(rng, FACADE_COLOURS[rng.integers(len(FACADE_COLOURS))], (50, 60, 70)) * 0.8
+            paint = FACADE_COLOURS[rng.integers(len(FACADE_COLOURS))]
+            band = blend(rng, paint, (50, 60, 70)) * 0.8
             for image in (day, night):
                 image[h - floor_px:y0] = band
                 image[y0:y1, 8:w - 8] = glass * 0.8
@@ -141,7 +142,7 @@ def house_size(seed: int, gable: bool) -> tuple[float, float, float]:
 
 
 @lru_cache(maxsize=256)
-def house_mips(seed: int, gable: bool, night: bool) -> tuple[list[Array], list[Array]]:
+def house_mips(seed: int, gable: bool, night: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Return the mip levels of a house's front and of its end wall, finest first."""
     length, depth, height = house_size(seed, gable)
     return (mip_levels(facade(seed, length, height)[int(night)]),
@@ -149,7 +150,7 @@ def house_mips(seed: int, gable: bool, night: bool) -> tuple[list[Array], list[A
 
 
 @lru_cache(maxsize=64)
-def surface_mips(kind: str, seed: int) -> list[Array]:
+def surface_mips(kind: str, seed: int) -> list[np.ndarray]:
     """Return the mip levels of a tileable strip: 'brick', 'plaster', 'hedge' or 'planks'."""
     rng = np.random.default_rng([seed, 31])
     h, w = 64, 256
@@ -165,7 +166,8 @@ def surface_mips(kind: str, seed: int) -> list[Array]:
         image[:5] *= 0.75
     elif kind == 'hedge':
         base = blend(rng, (42, 74, 30), (70, 104, 44))
-        image = base * (1 + 0.32 * noise_crop(rng, h, w, 0.5)[..., None])
+        image = np.tile(base, (h, w, 1))
+        image *= 1 + 0.32 * noise_crop(rng, h, w, 0.5)[..., None]
         image *= np.linspace(1.3, 0.6, h)[:, None, None]
     elif kind == 'planks':
         image = np.full((h, w, 3), blend(rng, (120, 96, 70), (188, 168, 140)), np.float32)
@@ -177,14 +179,15 @@ def surface_mips(kind: str, seed: int) -> list[Array]:
     return mip_levels(np.clip(image, 0, 255).astype(np.uint8))
 
 
-def _premultiply(rgb: Array, alpha: Array) -> Array:
+def _premultiply(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     scaled = np.clip(rgb, 0, 255) * (alpha[..., None].astype(np.float32) / 255.0)
     return np.dstack([scaled.astype(np.uint8), alpha.astype(np.uint8)])
 
 
 @lru_cache(maxsize=128)
-def foliage_sprite(kind: str, seed: int) -> list[Array]:
-    """Return a tree as mip levels of a 320 x 256 sprite, light from the upper left.
+def foliage_sprite(kind: str, seed: int) -> list[np.ndarray]:
+    """
+    Return a tree as mip levels of a 320 x 256 sprite, light from the upper left.
 
     ``kind``: 'broadleaf', 'conifer' or 'bush'. The sprite stands on its bottom row.
     """
@@ -240,9 +243,10 @@ def foliage_sprite(kind: str, seed: int) -> list[Array]:
     return mip_levels(_premultiply(rgb, alpha))
 
 
-def inflate(rgb: Array, alpha: Array, light: tuple[float, float] = (-0.5, -0.7),
-            depth_px: float = 14.0) -> Array:
-    """Shade a flat silhouette as if it were inflated; float32 RGB, light from the upper left.
+def inflate(rgb: np.ndarray, alpha: np.ndarray, light: tuple[float, float] = (-0.5, -0.7),
+            depth_px: float = 14.0) -> np.ndarray:
+    """
+    Shade a flat silhouette as if it were inflated; float32 RGB, light from the upper left.
 
     The height is a rounded distance transform; its slope against ``light`` (x right, y down)
     brightens or darkens by up to about 45 %.
@@ -268,7 +272,7 @@ SKIN = ((224, 182, 154), (198, 148, 116), (150, 104, 76), (98, 66, 48))
 
 
 @lru_cache(maxsize=512)
-def person_sprite(seed: int, phase: int, side_view: bool) -> list[Array]:
+def person_sprite(seed: int, phase: int, side_view: bool) -> list[np.ndarray]:
     """Return a walking person as mip levels of a 208 x 112 sprite; ``phase`` is 0 to 7."""
     rng = np.random.default_rng([seed, 51])
     h, w = 208, 112

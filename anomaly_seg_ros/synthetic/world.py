@@ -6,12 +6,10 @@ import math
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from anomaly_seg_ros.synthetic.canvas import Lighting
 from anomaly_seg_ros.synthetic.textures import blend, house_size
 
-Array = NDArray[np.float64]
 
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON = (
     range(12))
@@ -31,7 +29,8 @@ PROFILE_LEVELS = 8
 
 @dataclass(frozen=True)
 class Item:
-    """One thing beside or on the road.
+    """
+    One thing beside or on the road.
 
     ``s``, ``d`` in road coordinates at time 0 (for things with a length along the road: their
     near end); ``size`` is (along s, across d, height) in metres; ``speed`` metres per second along
@@ -54,17 +53,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Ground:
-    """The road's cross-section as tables over d, for one texture look-up per pixel.
+    """
+    The road's cross-section as tables over d, for one texture look-up per pixel.
 
     ``colour`` (levels, n, 3) RGB; ``noise`` (levels, n, 3) strength of fine, medium and coarse
     noise; ``marks`` (levels, n, 3) opacity of dashed lines, of slab joints and of zebra crossings.
     Level k is blurred for a pixel footprint of PROFILE_STEP_M * 2 ** k metres. ``labels`` (n,).
     """
 
-    colour: NDArray[np.float32]
-    noise: NDArray[np.float32]
-    marks: NDArray[np.float32]
-    labels: NDArray[np.uint8]
+    colour: np.ndarray
+    noise: np.ndarray
+    marks: np.ndarray
+    labels: np.ndarray
     dash_period_m: float
     dash_length_m: float
     slab_m: float
@@ -76,13 +76,13 @@ class Ground:
 class World:
     """A road with everything along it."""
 
-    heading_s: Array
-    heading_rad: Array
+    heading_s: np.ndarray
+    heading_rad: np.ndarray
     ground: Ground
     light: Lighting
     items: tuple[Item, ...]
-    decals: tuple[tuple[float, Array, float], ...]
-    skyline: Array
+    decals: tuple[tuple[float, np.ndarray, float], ...]
+    skyline: np.ndarray
     skyline_label: int
     lanes: tuple[float, ...]
     lane_width_m: float
@@ -135,7 +135,8 @@ def make_light(rng: np.random.Generator, weather: str | None = None) -> Lighting
 def make_world(rng: np.random.Generator, length_m: float, weather: str | None = None,
                styles: tuple[str, str] | None = None, bank: int = 0,
                speed_mps: float = 9.0) -> World:
-    """Draw a road of ``length_m`` metres.
+    """
+    Draw a road of ``length_m`` metres.
 
     Parameters
     ----------
@@ -273,12 +274,13 @@ def _make_ground(rng: np.random.Generator, half: float, kerbs: tuple[float, floa
             rim = verge & (out < edge + 0.25)
             colour[rim] = colour[rim] * 0.8 + np.array((18, 15, 10))
     levels = _levels(np.concatenate([colour, noise, marks], 1))
-    return Ground(*(np.ascontiguousarray(levels[..., k:k + 3]) for k in (0, 3, 6)), labels,
-                  float(rng.uniform(6, 12)), float(rng.uniform(2, 4)), float(rng.uniform(0.5, 1.6)),
-                  crossings, (mark_rgb[0], mark_rgb[1], mark_rgb[2]))
+    colour, noise, marks = (np.ascontiguousarray(levels[..., k:k + 3]) for k in (0, 3, 6))
+    return Ground(colour, noise, marks, labels, float(rng.uniform(6, 12)),
+                  float(rng.uniform(2, 4)), float(rng.uniform(0.5, 1.6)), crossings,
+                  (mark_rgb[0], mark_rgb[1], mark_rgb[2]))
 
 
-def _levels(table: NDArray[np.float32]) -> NDArray[np.float32]:
+def _levels(table: np.ndarray) -> np.ndarray:
     table = np.ascontiguousarray(table.T, np.float32)  # rows: OpenCV blurs along them faster
     return np.stack([(table if k == 0 else cv2.blur(table, (2 ** k, 1))).T
                      for k in range(PROFILE_LEVELS)])
@@ -303,10 +305,10 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                 items.append(Item('house', s, side * setback, seed, size))
             else:
                 length = float(rng.uniform(5, 12))
-                for _ in range(3):
-                    items.append(Item('tree', s + rng.uniform(0, length),
-                                      side * (line + rng.uniform(3, 9)), pick(16),
-                                      (0, 0, float(rng.uniform(6, 10))), variant='broadleaf'))
+                items.extend(Item('tree', s + rng.uniform(0, length),
+                                  side * (line + rng.uniform(3, 9)), pick(16),
+                                  (0, 0, float(rng.uniform(6, 10))), variant='broadleaf')
+                             for _ in range(3))
                 items.append(Item('strip', s, side * (line + 0.3), pick(4),
                                   (length, 0.3, float(rng.uniform(1.2, 2.2))),
                                   variant=str(rng.choice(['brick', 'plaster', 'planks']))))
@@ -337,8 +339,8 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                                                else rng.uniform(4, 9))), variant=kind))
             s += length
         if rng.random() < 0.4:
-            _row(rng, items, 'tree', side * (kerb + walk * 0.5), far, rng.uniform(11, 22), pick(16),
-                 'broadleaf', (4.0, 7.0))
+            _row(rng, items, 'tree', side * (kerb + walk * 0.5), far, rng.uniform(11, 22),
+                 pick(16), 'broadleaf', (4.0, 7.0))
     else:
         dense = rng.uniform(0.25, 0.7) if style == 'park' else rng.uniform(0.08, 0.35)
         for _ in range(int(dense * (far + 80))):
@@ -372,13 +374,13 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                               (kerb + rng.uniform(0.5, max(walk - 0.3, 0.8))), pick(40),
                               (0, 0, float(rng.uniform(1.5, 1.9))),
                               speed=forward * float(rng.uniform(0.9, 1.6))))
-    for s in np.arange(rng.uniform(5, 40), far, rng.uniform(18, 60)):
-        if rng.random() < 0.7:
-            items.append(Item('sign', float(s), side * (kerb + rng.uniform(0.4, 0.8)),
-                              int(rng.integers(1000)), (0, 0, float(rng.uniform(2.2, 2.8)))))
+    items.extend(Item('sign', float(s), side * (kerb + rng.uniform(0.4, 0.8)),
+                      int(rng.integers(1000)), (0, 0, float(rng.uniform(2.2, 2.8))))
+                 for s in np.arange(rng.uniform(5, 40), far, rng.uniform(18, 60))
+                 if rng.random() < 0.7)
     for s in crossings:
         if rng.random() < 0.6:
-            items.append(Item('signal', s - 1.0, side * (kerb + 0.4), int(rng.integers(1000)),
+            items.append(Item('signal', s - 1.0, side * (kerb + 0.4), int(s),
                               (0, 0, 3.2)))
         elif rng.random() < 0.7:
             items.append(Item('sign', s - 0.5, side * (kerb + 0.4), 4, (0, 0, 2.4)))
@@ -394,9 +396,9 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
 def _row(rng: np.random.Generator, items: list[Item], kind: str, d: float, far: float,
          spacing: float, seed: int, variant: str, heights: tuple[float, float],
          jitter: float = 1.5) -> None:
-    for s in np.arange(rng.uniform(-5, spacing), far, spacing):
-        items.append(Item(kind, float(s + rng.uniform(-jitter, jitter)), d, seed,
-                          (0, 0, float(rng.uniform(*heights))), variant=variant))
+    items.extend(Item(kind, float(s + rng.uniform(-jitter, jitter)), d, seed,
+                      (0, 0, float(rng.uniform(*heights))), variant=variant)
+                 for s in np.arange(rng.uniform(-5, spacing), far, spacing))
 
 
 def _vehicle(rng: np.random.Generator, s: float, d: float, speed: float, facing_us: bool,
@@ -418,14 +420,13 @@ def _add_traffic(rng: np.random.Generator, items: list[Item], lanes: tuple[float
             items.append(_vehicle(rng, s, d + rng.normal(0, 0.12), speed if ours else -speed,
                                   not ours))
             s += rng.uniform(14, 70)
-    for s in crossings:
-        if rng.random() < 0.4:
-            items.append(Item('person', s + rng.uniform(-1, 1), float(rng.uniform(-4, 4)),
-                              int(bank * 1000 + rng.integers(40)), (0, 0, 1.75), variant='crossing'))
+    items.extend(Item('person', s + rng.uniform(-1, 1), float(rng.uniform(-4, 4)),
+                      int(bank * 1000 + rng.integers(40)), (0, 0, 1.75), variant='crossing')
+                 for s in crossings if rng.random() < 0.4)
 
 
 def _make_decals(rng: np.random.Generator, half: float, length_m: float
-                 ) -> tuple[tuple[float, Array, float], ...]:
+                 ) -> tuple[tuple[float, np.ndarray, float], ...]:
     """Repairs and manhole covers: (s, outline (n, 2) of s and d, brightness factor)."""
     decals = []
     for _ in range(int(length_m / 14)):
