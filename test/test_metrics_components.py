@@ -89,6 +89,14 @@ def test_threshold_is_at_least_here_and_above_in_smiyc(tiny):
         assert counts.result().predicted_components == predicted
 
 
+def test_threshold_is_not_rounded_to_the_scores_precision(tiny):
+    mask = np.ones((4, 4), np.uint8)
+    scores = np.full((4, 4), .9, np.float32)  # 0.89999998
+    counts = ComponentCounts(tiny, 0.9)
+    counts.update(scores, mask)
+    assert counts.result().predicted_components == 0
+
+
 def test_smiycs_tau_of_0_6_lies_above_it(tiny):
     mask = np.zeros((6, 10), np.uint8)
     mask[1, :5] = 1

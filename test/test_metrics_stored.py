@@ -200,9 +200,15 @@ def test_files_of_other_kinds_are_refused(folders):
     np.save(masks_dir / 'frame_1.npy', np.zeros((43, 50), np.float32))
     np.save(scores_dir / 'frame_3.npy', np.zeros((1, 49, 50), np.float32))
     (masks_dir / 'frame_5.png').write_bytes((masks_dir / 'frame_4.png').read_bytes())
+    with open(scores_dir / 'frame_2.npy', 'wb') as stream:
+        np.savez(stream, scores=np.zeros((46, 50), np.float32))
+    whole = (scores_dir / 'frame_4.npy').read_bytes()
+    (scores_dir / 'frame_4.npy').write_bytes(whole[:-100])
     source = StoredScores(*folders)
     for name, message in (('frame_0', r'frame_0.png: must have shape \(H, W\), got \(40, 50, 3\)'),
                           ('frame_1', 'frame_1.npy: a mask must hold integers, got float32'),
+                          ('frame_2', r'frame_2.npy: not a readable .npy array \(an .npz archive'),
+                          ('frame_4', 'frame_4.npy: not a readable .npy array'),
                           ('frame_3', r'frame_3.npy: must have shape \(H, W\), got \(1, 49, 50\)'),
                           ):
         with pytest.raises(UserError, match=message):

@@ -117,8 +117,8 @@ class ComponentCounts:
             (H, W) uint8: 0 in-distribution, 1 anomaly, 255 void.
 
         """
-        # The comparison is in float64: a float32 threshold must not round onto a score.
-        threshold = np.float64(self.threshold)
+        # Compare in float64, on every numpy: rounded to float32 a threshold may meet a score.
+        threshold = np.array([self.threshold], np.float64)
         predicted = scores > threshold if self.smiyc else scores >= threshold
         predicted &= mask != VOID
         truth = mask == 1

@@ -143,8 +143,10 @@ def _examples(names: dict[str, list[Path]]) -> str:
 def read_npy(path: Path) -> npt.NDArray[Any]:
     """Read an array in native byte order; UserError where it is none. Pickles are not read."""
     try:
-        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError('an .npz archive')
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise UserError(f'{path}: not a readable .npy array ({error}). Write it again with '
                         'numpy.save; pickled objects are not read.') from error
     return array.astype(array.dtype.newbyteorder('='), copy=False)
