@@ -263,26 +263,28 @@ def write_comparison(comparison: Comparison, folder: Path | str) -> tuple[Path, 
 
 
 def _charts(comparison: Comparison) -> list[dict[str, Any]]:
-    """Draw value and difference of the statistics that have an interval; pooled ones first."""
+    """Draw value and difference of AP and FPR95, pooled where these have intervals."""
     from anomaly_seg_ros import plots
     from anomaly_seg_ros.report import svg_picture
     charts = []
-    by_statistic: dict[tuple[str, str], list[Row]] = {}
-    for row in comparison.rows:
-        if row.low is not None:
-            by_statistic.setdefault((row.statistic, row.kind), []).append(row)
-    for (label, kind), rows in by_statistic.items():
-        names = [row.run for row in rows]
-        for what, values, zero in (
-                ('', [(r.value, r.low, r.high) for r in rows], False),
-                ('difference of ', [(r.difference, r.difference_low, r.difference_high)
-                                    for r in rows[1:]], True)):
-            text = f'{what}{label} ({kind})'
-            charts.append(svg_picture(
-                plots.intervals(names[1:] if zero else names, np.array(values, np.float64), text,
-                                zero),
-                f'Estimates with intervals: {text}, one line for each run.',
-                text[0].upper() + text[1:] + (f' from {names[0]}.' if zero else '.')))
+    baseline, *others = comparison.runs
+    for label, direction in (('AP', 'higher is better'), ('FPR95', 'lower is better')):
+        rows = [row for row in comparison.rows if row.statistic == label and row.low is not None]
+        rows = rows[:len(comparison.runs)]  # pooled ones come first
+        if not rows:
+            continue
+        text = f'{label}, {rows[0].kind}'
+        charts += [
+            svg_picture(
+                plots.intervals(comparison.runs, np.array([(r.value, r.low, r.high)
+                                                           for r in rows], np.float64), text),
+                f'{text}: estimate and interval of each run.', f'{text}: {direction}.'),
+            svg_picture(
+                plots.intervals(others, np.array([
+                    (r.difference, r.difference_low, r.difference_high)
+                    for r in rows[1:]], np.float64), f'difference of {text}', differences=True),
+                f'{text}: difference and interval of each run from {baseline}.',
+                f'Difference from {baseline}: an interval across zero tells nothing apart.')]
     return charts
 
 

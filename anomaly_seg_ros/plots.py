@@ -161,7 +161,8 @@ def reliability(confidence: Sequence[float], accuracy: Sequence[float],
         return svg()
 
 
-def intervals(names: Sequence[str], values: np.ndarray, label: str, zero: bool = False) -> bytes:
+def intervals(names: Sequence[str], values: np.ndarray, label: str,
+              differences: bool = False) -> bytes:
     """
     Draw estimates with their confidence intervals, one below the other.
 
@@ -173,20 +174,22 @@ def intervals(names: Sequence[str], values: np.ndarray, label: str, zero: bool =
         Float (rows, 3): estimate, low, high; NaN leaves out the estimate or the interval.
     label
         What is drawn, with its unit.
-    zero
-        Draw a line at zero.
+    differences
+        They are differences from a baseline: draw a line at zero, and leave the first colour to
+        the baseline.
 
     """
     place = np.arange(len(names))[::-1]
     with chart(height_inch=0.9 + 0.36 * len(names)) as (axes, svg):
-        if zero:
+        if differences:
             axes.axvline(0, color=GREY, linewidth=1.2)
         for k, (y, (estimate, low, high)) in enumerate(zip(place, values, strict=True)):
-            colour = SERIES[k % len(SERIES)]
+            colour = SERIES[(k + differences) % len(SERIES)]
             axes.plot([low, high], [y, y], color=colour, linewidth=2.4, solid_capstyle='butt')
             axes.plot([estimate], [y], 'o', color=colour, markersize=6)
         axes.set_yticks(place, [_shorten(name) for name in names])
         axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.locator_params(axis='x', nbins=5)
         axes.grid(visible=False, axis='y')
         axes.set(xlabel=label)
         return svg()
