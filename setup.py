@@ -29,7 +29,7 @@ extras = {
 }
 extras['test'] = [
     'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'scikit-learn>=1.4', 'scipy>=1.10',
-    'psutil>=5.9', 'rosbags-image>=0.10', 'ruff', 'mypy>=1.11', 'types-PyYAML', 'flake8>=7',
+    'psutil>=5.9', 'rosbags-image>=0.10', 'mcap>=1.2', 'pillow>=10', 'ruff', 'mypy>=1.11', 'types-PyYAML', 'flake8>=7',
     'flake8-import-order', 'flake8-quotes', 'flake8-comprehensions', 'flake8-builtins',
     'flake8-docstrings', 'colcon-common-extensions']
 
@@ -54,10 +54,11 @@ setup(
          + glob('models/*.md')),
     ],
     python_requires='>=3.10',
-    # What a vehicle needs, and no more. rclpy comes from ROS.
+    # What a vehicle needs, and no more. rclpy comes from ROS. simplejpeg (libjpeg-turbo) notices
+    # damage inside a JPEG, which OpenCV passes over.
     install_requires=[
-        'numpy>=1.24', 'opencv-python-headless>=4.6', 'onnxruntime>=1.18', 'rosbags>=0.10',
-        'pyyaml>=6', 'click>=8', 'rich>=13'],
+        'numpy>=1.24', 'opencv-python-headless>=4.6', 'onnxruntime>=1.18', 'rosbags>=0.11',
+        'simplejpeg>=1.7', 'pyyaml>=6', 'click>=8', 'rich>=13'],
     extras_require=extras,
     zip_safe=True,
     entry_points={
