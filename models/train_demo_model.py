@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Train the bundled model on the synthetic world, and measure it on drives it has not seen.
+"""
+Train the bundled model on the synthetic world, and measure it on drives it has not seen.
 
 Trained on single scenes of the synthetic world (no obstacle in any of them), with cross-entropy
 on the 19 Cityscapes train ids and with outlier exposure (Hendrycks et al., ICLR 2019): flat
@@ -22,7 +23,6 @@ import multiprocessing
 import os
 from pathlib import Path
 import platform
-import sys
 import time
 from typing import Any
 
@@ -66,8 +66,12 @@ def make_scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return image, labels
 
 
-def make_scenes(first: int, count: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render ``count`` scenes; the result does not depend on ``workers``."""
+def make_scenes(first: int, count: int, workers: int, cache: Path | None
+                ) -> tuple[np.ndarray, np.ndarray]:
+    """Render ``count`` scenes, or read ``cache``; the result does not depend on ``workers``."""
+    if cache is not None and cache.is_file():
+        with np.load(cache) as stored:
+            return stored['images'], stored['labels']
     images = np.empty((count, *STORED_HW, 3), np.uint8)
     labels = np.empty((count, *STORED_HW), np.uint8)
     context = multiprocessing.get_context('spawn')
@@ -79,6 +83,9 @@ def make_scenes(first: int, count: int, workers: int) -> tuple[np.ndarray, np.nd
             if (k + 1) % 500 == 0:
                 print(f'{k + 1} of {count} scenes, {time.perf_counter() - started:.0f} s',
                       flush=True)
+    if cache is not None:
+        with atomic_write(cache) as temporary, open(temporary, 'wb') as stream:
+            np.savez(stream, images=images, labels=labels)
     return images, labels
 
 
@@ -156,7 +163,8 @@ def train(options: argparse.Namespace, log: dict[str, Any]) -> RoadNet:
     """Train a network and return it with weights rounded to float16."""
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    images, labels = make_scenes(options.first_scene, options.scenes, options.workers)
+    images, labels = make_scenes(options.first_scene, options.scenes, options.workers,
+                                 options.cache)
     weights = class_weights(labels)
     network = RoadNet(len(CITYSCAPES_CLASSES)).train().to(memory_format=torch.channels_last)
     log['parameters'] = parameter_count(network)
@@ -312,6 +320,8 @@ def main() -> None:
     parser.add_argument('--outlier-weight', type=float, default=0.35)
     parser.add_argument('--scenes', type=int, default=2400, help='training scenes to render')
     parser.add_argument('--first-scene', type=int, default=100000, help='seed of the first scene')
+    parser.add_argument('--cache', type=Path, help='.npz to keep the rendered scenes in, and to '
+                        'take them from; delete it when the world has changed')
     parser.add_argument('--workers', type=int, default=2, help='rendering processes')
     parser.add_argument('--threads', type=int, default=2, help='torch threads')
     parser.add_argument('--minutes', type=float, default=60, help='stop training after this long')
@@ -323,9 +333,9 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     log: dict[str, Any] = {
-        'command': ['train_demo_model.py', *sys.argv[1:]], 'seed': options.seed,
+        'seed': options.seed,
         'options': {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()
-                    if k != 'output'},
+                    if k not in ('output', 'cache')},
         'machine': {'cores': os.cpu_count(), 'architecture': platform.machine()},
         'versions': {'anomaly_seg_ros': __version__, 'python': platform.python_version(),
                      'torch': torch.__version__, 'numpy': np.__version__,
