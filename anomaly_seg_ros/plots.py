@@ -116,7 +116,7 @@ def latency_histogram(samples_ms: Sequence[float]) -> bytes:
         axes.hist(values, bins=bins, color=BLUE, alpha=0.75)
         for name, value, style in (('p50', p50, '-'), ('p95', p95, '--'), ('p99', p99, ':')):
             axes.axvline(value, color=ORANGE, linestyle=style, linewidth=1.5,
-                         label=f'{name} {value:.3g} ms')
+                         label=f'{name} {value:.4g} ms')
         axes.set(xlabel='end to end, ms', ylabel='frames')
         axes.yaxis.get_major_locator().set_params(integer=True)
         _legend_above(axes)

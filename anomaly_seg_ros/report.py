@@ -162,8 +162,9 @@ def write_report(path: Path | str, report: ReportData) -> None:
         tiles=_tiles(metrics), pixel=_section(pixel),
         components=_section(metrics.get('components')),
         curves=_curve_charts(report.curves, metrics),
-        no_curves=reason or 'this run kept none', frames=_frame_groups(report.frames),
+        no_curves=reason or 'not computed in this run', frames=_frame_groups(report.frames),
         truth_colour=_css(TRUTH_RGB),
+        has_truth=any(frame.ground_truth is not None for frame in report.frames),
         score_range=' to '.join(f'{v:.3g}' for v in card.get('score_range', ())),
         segmentation=_section({key: value for key, value in
                                (metrics.get('segmentation') or {}).items()
