@@ -303,8 +303,7 @@ def save_weights(network: RoadNet, path: Path) -> None:
     from safetensors.torch import save_file
 
     state = {key: value.half().contiguous() if value.is_floating_point() else value
-             for key, value in network.state_dict().items()
-             if not key.endswith('num_batches_tracked')}
+             for key, value in network.state_dict().items()}
     with atomic_write(path) as temporary:
         save_file(state, temporary)
 
