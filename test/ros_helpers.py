@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny real models, with faults on demand, and frames for the tests of the node."""
 
+from collections.abc import Callable
 from pathlib import Path
+import time
 
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+from anomaly_seg_ros.images import message_array
 from anomaly_seg_ros.model_file import ModelCard, write_model_file
+from anomaly_seg_ros.ros.client import NodeRun
 import numpy as np
 
 INPUT_HW = (64, 128)
@@ -101,3 +105,107 @@ def make_frame(index: int, size_hw: tuple[int, int] = (96, 160),
         frame[y:y + height // 8, x:x + width // 6] = rng.integers(200, 245, 3)
     frame[:height // 8, :width // 8] = (90, 60 if corner is None else corner, 90)
     return frame
+
+
+class Driver:
+    """
+    A node under test with what the tests need: stamps, services, waiting with a limit.
+
+    ``run`` is an entered NodeRun. Every frame gets a stamp of its own, ten milliseconds after the
+    one before.
+    """
+
+    def __init__(self, run: NodeRun) -> None:
+        self.run = run
+        self.client = run.client
+        self._next_ns = time.time_ns()
+        self._services: dict[str, object] = {}
+
+    def next_stamp(self) -> int:
+        """Return a new stamp."""
+        self._next_ns += 10_000_000
+        return self._next_ns
+
+    def send(self, frame: np.ndarray) -> int:
+        """Publish a frame as rgb8 and return its stamp."""
+        stamp_ns = self.next_stamp()
+        self.client.send(frame, stamp_ns)
+        return stamp_ns
+
+    def wait(self, condition: Callable[[], object], timeout_s: float = 10.0,
+             what: str = 'condition') -> None:
+        """Handle messages until ``condition`` holds; fail with the diagnostics otherwise."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            self.client.spin(0.02)
+            self.run.check()
+            if time.monotonic() > deadline:
+                raise AssertionError(f'no {what} within {timeout_s} s: '
+                                     f'{self.client.diagnostics}\n{self.run.log_text()[-3000:]}')
+
+    def answer(self, frame: np.ndarray, timeout_s: float = 10.0) -> dict[str, object]:
+        """Send a frame and return the messages of its answer."""
+        stamp_ns = self.send(frame)
+        self.wait(lambda: stamp_ns in self.client.complete(), timeout_s, 'answer')
+        return self.client.take(stamp_ns)
+
+    def check_answer(self, pipeline: object, frame: np.ndarray, timeout_s: float = 10.0) -> None:
+        """Send a frame and compare its answer with the pipeline's, to the last bit."""
+        messages = self.answer(frame, timeout_s)
+        expected = pipeline(frame)
+        for name, array in (('labels', expected.labels), ('anomaly', expected.anomaly),
+                            ('obstacle_mask', expected.mask)):
+            if name in messages:
+                np.testing.assert_array_equal(message_array(messages[name]), array, name)
+
+    def settle(self, seconds: float) -> None:
+        """Handle messages for a while."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            self.client.spin(min(left, 0.05))
+
+    def fresh(self, reports: int = 2) -> dict[str, str]:
+        """Return diagnostics that were made after now."""
+        wanted = self.client.reports + reports
+        self.wait(lambda: self.client.reports >= wanted, 10.0, 'diagnostics')
+        return self.client.diagnostics
+
+    def call(self, name: str, kind: type, request: object, timeout_s: float = 20.0) -> object:
+        """Call a service of the node."""
+        if name not in self._services:
+            self._services[name] = self.client.node.create_client(kind, f'/anomaly_seg/{name}')
+        service = self._services[name]
+        self.wait(service.service_is_ready, 10.0, f'service {name}')
+        future = service.call_async(request)
+        self.wait(future.done, timeout_s, f'reply of {name}')
+        return future.result()
+
+    def set_parameters(self, **values: object) -> str:
+        """Set parameters atomically; return the reason of a refusal, '' on success."""
+        from rcl_interfaces.srv import SetParametersAtomically
+        from rclpy.parameter import Parameter
+        request = SetParametersAtomically.Request(parameters=[
+            Parameter(name, value=value).to_parameter_msg() for name, value in values.items()])
+        result = self.call('set_parameters_atomically', SetParametersAtomically, request).result
+        assert result.successful == (not result.reason)
+        return str(result.reason)
+
+    def get_parameter(self, name: str) -> object:
+        """Return a parameter's value."""
+        from rcl_interfaces.srv import GetParameters
+        from rclpy.parameter import parameter_value_to_python
+        reply = self.call('get_parameters', GetParameters, GetParameters.Request(names=[name]))
+        return parameter_value_to_python(reply.values[0])
+
+    def change_state(self, transition: str) -> bool:
+        """Ask for a lifecycle transition by its name."""
+        from lifecycle_msgs.msg import Transition
+        from lifecycle_msgs.srv import ChangeState
+        request = ChangeState.Request(transition=Transition(label=transition))
+        return bool(self.call('change_state', ChangeState, request).success)
+
+    def state(self) -> str:
+        """Return the lifecycle state."""
+        from lifecycle_msgs.srv import GetState
+        reply = self.call('get_state', GetState, GetState.Request())
+        return str(reply.current_state.label)

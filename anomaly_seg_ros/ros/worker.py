@@ -238,6 +238,7 @@ class Worker:
             if 'frame' in wanted:
                 self._outputs.publish_frame_report(header, {
                     **{f'{stage}_ms': f'{time_ms:.3f}' for stage, time_ms in stages_ms.items()},
+                    'arrived_monotonic_s': f'{arrival.arrived_s:.6f}',
                     'obstacles': len(detection.obstacles), 'flags': ' '.join(flags),
                     'fallback': str(distrusted).lower()})
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mailbox: the newest frame wins, nothing is lost silently, waiting ends."""
+
+import threading
+import time
+
+from anomaly_seg_ros.ros.inbox import Mailbox
+import pytest
+
+
+def test_one_slot_keeps_the_newest() -> None:
+    box: Mailbox[int] = Mailbox()
+    assert box.put(1) is None
+    assert box.put(2) == 1
+    assert box.put(3) == 2
+    assert box.get() == 3
+
+
+def test_queue_keeps_order_and_pushes_out_the_oldest() -> None:
+    box: Mailbox[int] = Mailbox(3)
+    assert [box.put(i) for i in range(5)] == [None, None, None, 0, 1]
+    assert [box.get() for _ in range(3)] == [2, 3, 4]
+
+
+def test_clear_counts_what_it_throws_away() -> None:
+    box: Mailbox[int] = Mailbox(4)
+    for i in range(3):
+        box.put(i)
+    assert box.clear() == 3
+    assert box.clear() == 0
+
+
+def test_close_ends_waiting_and_refuses_items() -> None:
+    box: Mailbox[int] = Mailbox()
+    got: list[int | None] = []
+    thread = threading.Thread(target=lambda: got.append(box.get()))
+    thread.start()
+    time.sleep(0.05)
+    box.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert got == [None]
+    assert box.put(7) == 7
+    assert box.get() is None
+
+
+def test_size_must_be_positive() -> None:
+    with pytest.raises(ValueError, match='at least 1, got 0'):
+        Mailbox(0)
+
+
+def test_every_item_is_taken_or_given_back_once() -> None:
+    """Under load from several threads, items are neither lost nor doubled."""
+    box: Mailbox[int] = Mailbox(2)
+    back: list[int] = []
+    taken: list[int] = []
+
+    def produce(first: int) -> None:
+        for i in range(first, first + 2000):
+            old = box.put(i)
+            if old is not None:
+                back.append(old)
+
+    def consume() -> None:
+        while (item := box.get()) is not None:
+            taken.append(item)
+
+    consumers = [threading.Thread(target=consume) for _ in range(2)]
+    producers = [threading.Thread(target=produce, args=(2000 * k,)) for k in range(3)]
+    for thread in consumers + producers:
+        thread.start()
+    for thread in producers:
+        thread.join(20)
+    deadline = time.monotonic() + 5
+    while len(taken) + len(back) < 6000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    box.close()
+    for thread in consumers:
+        thread.join(5)
+    assert sorted(taken + back) == list(range(6000))
