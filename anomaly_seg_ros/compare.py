@@ -187,7 +187,7 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     else:
         without = [run.name for run, scores in zip(runs, stored, strict=True) if scores is None]
         pooled_notes.append(
-            'Pooled figures have no interval: ' + ', '.join(without) + ' kept no score maps. '
+            'Pooled figures have no interval: ' + ', '.join(without) + ' kept no score map of every frame. '
             'Run with --save-scores to get one.')
     if not same:
         pooled_notes.append('The runs differ in their frames; only the frames of all runs are '
@@ -409,9 +409,10 @@ def _resample_means(table: Float64Array, resamples: int, seed: int) -> Float64Ar
 def _stored(run: _Run, frame_ids: Sequence[str]) -> StoredScores | None:
     """Open the run's score maps where it kept those of all frames."""
     from anomaly_seg_ros.evaluate import file_name
-    if not (run.path / 'scores').is_dir() or not (run.path / 'masks').is_dir():
+    folders = run.path / 'scores', run.path / 'masks'
+    if not all(folder.is_dir() and any(folder.iterdir()) for folder in folders):
         return None
-    scores = StoredScores(run.path / 'scores', run.path / 'masks')
+    scores = StoredScores(*folders)
     there = set(scores.frame_ids)
     return scores if all(file_name(frame) in there for frame in frame_ids) else None
 

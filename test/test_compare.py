@@ -198,13 +198,15 @@ def test_pooled_figures_without_score_maps_say_why_they_have_no_interval(paired_
                'latency_ms': {'end_to_end': {'p50': 20.0, 'p99': None}}}
     runs = [write_run(tmp_path / name, frame_rows(values), metrics)
             for name, values in zip('ab', paired_values, strict=False)]
+    for name in ('scores', 'masks'):  # kept, but of data without anomaly masks
+        (runs[0] / name).mkdir()
     comparison = compare_runs(runs, resamples=100)
     assert [row.value for row in select(comparison, 'AP', 'pooled')] == [0.4, 0.4]
     assert select(comparison, 'AP', 'pooled')[1].difference_low is None
     assert len(select(comparison, 'mIoU', 'pooled')) == 2
     assert len(select(comparison, 'latency p50, ms', 'pooled')) == 2
     assert not select(comparison, 'latency p99, ms', 'pooled')
-    assert any('a, b kept no score maps' in note for note in comparison.notes)
+    assert any('a, b kept no score map' in note for note in comparison.notes)
 
 
 def test_runs_over_other_frames_are_refused_unless_only_common_ones_are_asked_for(tmp_path):

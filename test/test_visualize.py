@@ -125,15 +125,17 @@ def test_outline_is_coloured_inside_and_black_outside_across_row_blocks(size_hw,
 def test_panel_keeps_shapes_order_and_colours():
     red = np.zeros((100, 200, 3), np.uint8)
     red[..., 0] = 250
-    grey = np.full((300, 300), 60, np.uint8)
-    picture = panel([red, grey, red], ['one', 'two', 'three'], columns=2, cell_width=100)
+    blue = np.full((300, 300, 3), (0, 0, 90), np.uint8)  # no colour of the titles
+    picture = panel([red, blue, red], ['one', 'two', 'three'], columns=2, cell_width=100)
     assert picture.shape[1] == 100 + 100 + 4
     reds = (picture == (250, 0, 0)).all(2)
-    greys = (picture == 60).all(2)
+    blues = (picture == (0, 0, 90)).all(2)
     assert reds[:, :100].sum() == 2 * 100 * 50
-    assert greys[:, 104:].sum() == 100 * 100
-    assert not reds[:, 104:].any() and not greys[:, :100].any()
+    assert blues[:, 104:].sum() == 100 * 100
+    assert not reds[:, 104:].any() and not blues[:, :100].any()
     assert (picture[:20, :100] < 100).any(), 'title is missing'
+    grey = panel([np.full((50, 50), 200, np.uint8)], ['grey'], columns=1, cell_width=50)
+    assert (grey[-50:] == 200).all()
 
 
 def test_legend_shows_each_colour_beside_its_name():
