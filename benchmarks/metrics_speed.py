@@ -3,6 +3,9 @@
 """
 Measure the metrics' time and memory beside scikit-learn's, and print one table.
 
+Times are CPU seconds of one thread, which other work on the machine disturbs least; only the
+evaluation with --workers is timed by the clock and needs two idle cores.
+
 python benchmarks/metrics_speed.py            full size: about 6 minutes and 5 GB of memory
 python benchmarks/metrics_speed.py --quick    a hundredth of it
 """
@@ -24,6 +27,7 @@ from anomaly_seg_ros.metrics.stored import score_metrics, StoredScores
 
 SHAPE = (1024, 2048)
 ANOMALOUS = 0.002
+PARTS = ('sklearn', 'components', 'workers', 'linear')
 Frame = tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]
 
 
@@ -36,32 +40,32 @@ def fill(scores: npt.NDArray[np.float32], mask: npt.NDArray[np.uint8], seed: int
 
 
 def pooled_metrics(frames: Callable[[], Iterator[Frame]]) -> tuple[PixelMetrics, float]:
-    """Run both passes; return the figures and the seconds spent outside ``frames``."""
+    """Run both passes; return the figures and the CPU seconds spent outside ``frames``."""
     seconds = 0.0
     positives = PositiveScores()
     for scores, mask in frames():
-        start = time.perf_counter()
+        start = time.process_time()
         positives.update(scores[mask == 1])
-        seconds += time.perf_counter() - start
+        seconds += time.process_time() - start
     negatives = NegativeCounts(positives.result()[0])
     for scores, mask in frames():
-        start = time.perf_counter()
+        start = time.process_time()
         negatives.update(split_scores(scores, mask, 'frame').negatives)
-        seconds += time.perf_counter() - start
-    start = time.perf_counter()
+        seconds += time.process_time() - start
+    start = time.process_time()
     figures = PixelMetrics.of(PixelCurve.from_counts(positives, negatives))
-    return figures, seconds + time.perf_counter() - start
+    return figures, seconds + time.process_time() - start
 
 
 def extra_peak_mib(action: Callable[[], Any]) -> tuple[Any, float, float]:
-    """Return an action's result, its seconds, and how far memory rose above its start, MiB."""
+    """Return an action's result, its CPU seconds, and how far memory rose above its start, MiB."""
     def status(key: str) -> int:
         lines = Path('/proc/self/status').read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(key))
     Path('/proc/self/clear_refs').write_text('5')  # Linux: forget the peak so far
-    before, start = status('VmRSS:'), time.perf_counter()
+    before, start = status('VmRSS:'), time.process_time()
     result = action()
-    return result, time.perf_counter() - start, (status('VmHWM:') - before) / 1024
+    return result, time.process_time() - start, (status('VmHWM:') - before) / 1024
 
 
 def beside_scikit_learn(pixels: int) -> None:
@@ -121,7 +125,7 @@ def many_components() -> None:
         counts.update(scores, mask)
         seconds.append(time.perf_counter() - start)
     found = counts.result().predicted_components
-    line(f'component metrics, 2048x1024, {found} components (target: 1 s)',
+    line(f'component metrics, {found} components (target: 1 s)',
          f'{np.median(seconds):.3f} s', 'median of 5')
 
 
@@ -163,15 +167,21 @@ def main() -> None:
     parser.add_argument('--frames', type=int, default=60, metavar='N',
                         help='stored maps for --workers (default: 60, 600 MB in the temporary '
                         'folder)')
+    parser.add_argument('--only', nargs='+', metavar='PART', default=PARTS, choices=PARTS,
+                        help=f'some of: {", ".join(PARTS)}')
     parser.add_argument('--quick', action='store_true', help='a hundredth of the work')
     options = parser.parse_args()
     scale = 100 if options.quick else 1
     line('what', 'value', 'note')
     line('-' * 56, '-' * 9, '-' * 27)
-    beside_scikit_learn(int(options.pixels / scale))
-    many_components()
-    workers(max(2, options.frames // (scale // 10 or 1)))
-    linearity([int(pixels / scale) for pixels in (1e7, 3e7, 1e8, 4e8)])
+    if 'sklearn' in options.only:
+        beside_scikit_learn(int(options.pixels / scale))
+    if 'components' in options.only:
+        many_components()
+    if 'workers' in options.only:
+        workers(options.frames if not options.quick else 6)
+    if 'linear' in options.only:
+        linearity([int(pixels / scale) for pixels in (1e7, 3e7, 1e8, 4e8)])
 
 
 if __name__ == '__main__':

@@ -27,6 +27,7 @@ MaskArray = npt.NDArray[np.uint8]
 
 VOID = 255
 RISK_FPRS = (1e-4, 1e-3, 1e-2, 5e-2)
+MAXIMUM_WAITING = 1 << 24  # pixels held until they are counted: 64 MB of float32
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,11 @@ class NegativeCounts:
     def update(self, negatives: FloatArray) -> None:
         """Add the sorted scores (ascending) of one frame's in-distribution pixels."""
         self._pending.append(negatives)
-        # Counting costs one look-up per threshold; wait for enough pixels to pay for it, so that
-        # the cost stays linear in pixels however many thresholds there are.
-        if sum(waiting.size for waiting in self._pending) >= 4 * self.thresholds.size:
+        # Counting costs one look-up per threshold. Where a frame does not pay for them, wait for
+        # more, so that the cost stays linear in pixels however many thresholds there are.
+        waiting = sum(scores.size for scores in self._pending)
+        share = 8 if len(self._pending) == 1 else 32
+        if waiting >= min(share * self.thresholds.size, MAXIMUM_WAITING):
             self._flush()
 
     def merge(self, other: 'NegativeCounts') -> None:
@@ -206,10 +209,15 @@ class NegativeCounts:
             return
         scores = self._pending[0]
         if len(self._pending) > 1:
-            scores = np.sort(np.concatenate(self._pending))
+            scores = np.concatenate(self._pending)
+            scores.sort()
         self._pending = []
         below = np.searchsorted(scores, self.thresholds, 'left')
-        at_most = np.searchsorted(scores, self.thresholds, 'right')
+        # Few thresholds are the score of a negative too; only these end elsewhere than they begin.
+        at_most = below.copy()
+        tied = np.flatnonzero(below < scores.size)
+        tied = tied[scores[below[tied]] == self.thresholds[tied]]
+        at_most[tied] = np.searchsorted(scores, self.thresholds[tied], 'right')
         self._at_least = self._at_least + (scores.size - below)
         self._above = self._above + (scores.size - at_most)
         self._total += scores.size
