@@ -187,8 +187,8 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     else:
         without = [run.name for run, scores in zip(runs, stored, strict=True) if scores is None]
         pooled_notes.append(
-            'Pooled figures have no interval: ' + ', '.join(without) + ' kept no score map of every frame. '
-            'Run with --save-scores to get one.')
+            f'Pooled figures have no interval: {", ".join(without)} kept no score map of every '
+            'frame. Run with --save-scores to get one.')
     if not same:
         pooled_notes.append('The runs differ in their frames; only the frames of all runs are '
                             'compared, so pooled figures from metrics.json are left out.')
