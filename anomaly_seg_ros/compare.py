@@ -24,6 +24,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_text
@@ -182,7 +183,7 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     pooled_notes, rows = [], []
     drawn: dict[str, Float64Array] = {}
     if all(scores is not None for scores in stored):
-        counts = [_bin_counts(scores, frame_ids) for scores in stored if scores is not None]
+        counts = [_bin_counts(*scores) for scores in stored if scores is not None]
         drawn = _resample_pooled(counts, resamples, seed)
     else:
         without = [run.name for run, scores in zip(runs, stored, strict=True) if scores is None]
@@ -406,27 +407,25 @@ def _resample_means(table: Float64Array, resamples: int, seed: int) -> Float64Ar
     return means
 
 
-def _stored(run: _Run, frame_ids: Sequence[str]) -> StoredScores | None:
-    """Open the run's score maps where it kept those of all frames."""
-    from anomaly_seg_ros.evaluate import file_name
+def _stored(run: _Run, frame_ids: Sequence[str]) -> tuple[StoredScores, list[str]] | None:
+    """Open the run's score maps, with the name of each frame's, where it kept them all."""
     folders = run.path / 'scores', run.path / 'masks'
     if not all(folder.is_dir() and any(folder.iterdir()) for folder in folders):
         return None
     scores = StoredScores(*folders)
-    there = set(scores.frame_ids)
-    return scores if all(file_name(frame) in there for frame in frame_ids) else None
+    names = {unquote(name): name for name in scores.frame_ids}  # as evaluate.file_name quotes
+    if not all(frame in names for frame in frame_ids):
+        return None
+    return scores, [names[frame] for frame in frame_ids]
 
 
-def _bin_counts(scores: StoredScores, frame_ids: Sequence[str]) -> tuple[Float64Array,
-                                                                         Float64Array]:
+def _bin_counts(scores: StoredScores, names: Sequence[str]) -> tuple[Float64Array, Float64Array]:
     """
     Count the anomalous and the other pixels of each frame in bins of score, highest first.
 
     The bins are quantiles of the anomalous pixels' scores, so that each holds an equal share of
     them. Returns two float64 (frames, bins).
     """
-    from anomaly_seg_ros.evaluate import file_name
-    names = [file_name(frame) for frame in frame_ids]
     positives = np.concatenate([np.empty(0), *(
         frame.scores[frame.mask == 1] for frame in map(scores.load, names))])
     if not positives.size:

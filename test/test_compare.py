@@ -118,14 +118,14 @@ def test_lower_is_better_for_fpr95_and_ties_count_half(tmp_path):
 
 def stored_run(folder, frames, metrics):
     """Write a run with stored scores; frames are (scores, mask)."""
-    rows = [{'frame_id': f'drive/{i}', 'pixels': int((mask != 255).sum()),
+    rows = [{'frame_id': f'100%/{i}', 'pixels': int((mask != 255).sum()),
              'positives': int((mask == 1).sum())} for i, (_, mask) in enumerate(frames)]
     write_run(folder, rows, metrics)
     for name in ('scores', 'masks'):
         (folder / name).mkdir()
     for i, (scores, mask) in enumerate(frames):
-        np.save(folder / 'scores' / f'drive%2F{i}.npy', scores)
-        np.save(folder / 'masks' / f'drive%2F{i}.npy', mask)
+        np.save(folder / 'scores' / f'100%25%2F{i}.npy', scores)
+        np.save(folder / 'masks' / f'100%25%2F{i}.npy', mask)
     return folder
 
 
