@@ -307,14 +307,32 @@ def replay_command(bag: Path, model: Path | None, output: Path, through_node: bo
 @cli.command('compare')
 @click.argument('runs', nargs=-1, required=True, type=_FILE)
 @click.option('--output', type=_FILE, required=True, help='Folder for the comparison.')
-def compare_command(runs: tuple[Path, ...], output: Path) -> None:
-    """Compare result folders of the same frames: one table, one plot, confidence intervals."""
+@click.option('--resamples', type=click.IntRange(100), default=10000, show_default=True,
+              help='Resamples of the paired bootstrap over frames.')
+@click.option('--level', type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
+              show_default=True, help='Level of the confidence intervals.')
+@click.option('--seed', type=int, default=0, show_default=True, help='Seed of the bootstrap.')
+@click.option('--common-frames', is_flag=True, help='Compare only the frames all runs share.')
+def compare_command(runs: tuple[Path, ...], output: Path, resamples: int, level: float,
+                    seed: int, common_frames: bool) -> None:
+    """
+    Compare result folders of the same frames: one table, one plot, confidence intervals.
+
+    The first of RUNS is the baseline.
+    """
     if len(runs) < 2:
         raise click.UsageError('give at least two result folders')
-    from anomaly_seg_ros.compare import compare_runs, write_comparison
-    comparison = compare_runs(list(runs))
-    write_comparison(comparison, output)
-    OUT.print(f'{output}', highlight=False)
+    require('report', 'matplotlib', 'jinja2')
+    from anomaly_seg_ros.compare import compare_runs, comparison_table, write_comparison
+    comparison = compare_runs(list(runs), resamples=resamples, level=level, seed=seed,
+                              common_frames=common_frames)
+    header, rows = comparison_table(comparison)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    OUT.print(table)
+    for path in write_comparison(comparison, output):
+        OUT.print(str(path), highlight=False)
 
 
 @cli.command('submit')

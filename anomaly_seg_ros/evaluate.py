@@ -29,7 +29,8 @@ from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write, atomic_write_text
-from anomaly_seg_ros.metrics.calibration import Calibration, CalibrationMetrics
+from anomaly_seg_ros.metrics.calibration import (
+    Calibration, CalibrationMetrics, IMAGE_STATISTICS, image_statistics)
 from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
 from anomaly_seg_ros.metrics.stored import FrameRow, score_metrics, ScoreCurves, StoredScores
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
@@ -40,10 +41,13 @@ LOG = logging.getLogger(__name__)
 
 PER_FRAME_COLUMNS = (
     'frame_id', 'width', 'height', 'pixels', 'positives', 'average_precision', 'fpr95', 'auroc',
-    'best_f1', 'score_mean', 'score_max', 'obstacles',
+    'best_f1', *(f'score_{name}' for name in IMAGE_STATISTICS), 'obstacles',
     *(f'{stage}_ms' for stage in STAGES), 'end_to_end_ms')
 
 NO_LABELS = 'no frame has ground-truth labels'
+
+# In a folder of results: its sub-folders are this program's, so a new run may clear them.
+_MARK = '.anomaly_seg_run'
 
 _PICTURE_WIDTH = 640
 
@@ -116,11 +120,20 @@ class Recorder:
 
     Scores (float32 ``.npy``), masks and thumbnails go to disk as they come, so memory does not
     grow with the number of frames and a run that breaks off loses nothing: the scores stay under
-    the output folder, and ``anomaly-seg metrics`` computes their metrics.
+    the output folder, and ``anomaly-seg metrics`` computes their metrics. An older run's results
+    are removed when the first frame is recorded, so a run that never gets that far costs nothing.
     """
 
     def __init__(self, output: Path | str, card: ModelCard, *, save_scores: bool = False) -> None:
-        """Prepare the folder ``output``; result files of an older run there are removed first."""
+        """
+        Make sure that ``output`` can take the results.
+
+        Raises
+        ------
+        UserError
+            If the folder cannot be written, or has sub-folders that no run of this program made.
+
+        """
         self.output = Path(output)
         self._card = card
         self._save_scores = save_scores
@@ -135,16 +148,17 @@ class Recorder:
         self._calibration = Calibration() if card.score == 'msp' else None
         self._labelled = 0
         self._scored: list[str] = []
+        self._folders = (self._scores, self._masks, self._unlabelled, self._thumbnails)
+        mark = self.output / _MARK
+        strange = [] if mark.exists() else [each for each in self._folders if each.exists()]
+        if strange:
+            raise UserError(f'{strange[0]}: is there already and not from a run of this program. '
+                            'Choose another output folder; this one would be overwritten.')
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            for name in ('metrics.json', 'per_frame.csv', 'report.html'):
-                (self.output / name).unlink(missing_ok=True)
-            for folder in (self._scores, self._masks, self._unlabelled, self._thumbnails):
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
+            mark.touch()
         except OSError as error:
-            raise UserError(f'{self.output}: cannot be written ({error.strerror}). Choose '
-                            'another output folder.') from error
+            raise self._not_writable(error) from error
 
     @property
     def frames(self) -> int:
@@ -153,6 +167,8 @@ class Recorder:
 
     def add(self, frame: Frame, answer: Answer) -> None:
         """Record the answer to one frame."""
+        if not self._rows:
+            self._clear()
         height, width = frame.image_rgb.shape[:2]
         for what, array in (('score', answer.anomaly), ('label image', answer.labels)):
             if array.shape != (height, width):
@@ -176,8 +192,8 @@ class Recorder:
             self._labelled += 1
         self._rows.append({
             'frame_id': frame.frame_id, 'width': width, 'height': height,
-            'score_mean': float(cv2.mean(answer.anomaly)[0]),
-            'score_max': float(answer.anomaly.max()), 'obstacles': answer.obstacles,
+            **{f'score_{key}': value for key, value in image_statistics(answer.anomaly).items()},
+            'obstacles': answer.obstacles,
             **{f'{stage}_ms': value for stage, value in answer.latency_ms.items()
                if f'{stage}_ms' in PER_FRAME_COLUMNS}})
         for stage, value in answer.latency_ms.items():
@@ -185,12 +201,52 @@ class Recorder:
         self._keep_thumbnail(name, frame, answer)
 
     def finish(self, run: RunInfo, *, track: str | None = None, dropped: int = 0,
-               title: str = '', workers: int = 1,
+               title: str = '', workers: int = 1, ray: str | None = None,
                progress: Progress | None = None) -> dict[str, Any]:
-        """Compute the metrics, write the result files and return metrics.json's content."""
+        """
+        Compute the metrics, write the result files and return metrics.json's content.
+
+        Raises
+        ------
+        UserError
+            If no frame was recorded or a file cannot be written; the scores are kept then.
+
+        """
         if not self._rows:
-            raise UserError(f'{run.data}: no frame was answered, so there is nothing to report')
-        metrics, curves = self._score_metrics(track, workers, progress)
+            reasons = ''.join(f'\n  {problem}' for problem in run.extra.get('problems', ()))
+            raise UserError(f'{run.data}: no frame was answered, so there is nothing to report'
+                            f'{reasons}')
+        try:
+            return self._finish(run, track, dropped, title or run.data, workers, ray, progress)
+        except UserError as error:
+            raise UserError(f'{error}{self.kept()}') from error
+
+    def kept(self) -> str:
+        """Return a sentence for error messages on where the scores so far are, or nothing."""
+        if not self._scored:
+            return ''
+        return (f'\nThe scores of the {len(self._scored)} frames so far are kept; get their metrics '
+                f'with: anomaly-seg metrics {self._scores} {self._masks} --output FOLDER')
+
+    def _clear(self) -> None:
+        """Remove an older run's results."""
+        try:
+            for name in ('metrics.json', 'per_frame.csv', 'report.html'):
+                (self.output / name).unlink(missing_ok=True)
+            for folder in self._folders:
+                if folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir()
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(f'{error.filename or self.output}: cannot be written ({error.strerror}). '
+                         'Choose another output folder.')
+
+    def _finish(self, run: RunInfo, track: str | None, dropped: int, title: str, workers: int,
+                ray: str | None, progress: Progress | None) -> dict[str, Any]:
+        metrics, curves = self._score_metrics(track, workers, ray, progress)
         metrics['segmentation'] = self._segmentation()
         metrics['calibration'], reliability = self._calibrate()
         metrics['latency_ms'] = {
@@ -199,7 +255,8 @@ class Recorder:
         metrics['run'] = run.as_json()
         write_per_frame(self.output / 'per_frame.csv', self._rows)
         atomic_write_text(self.output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
-        self._write_report(metrics, curves, title or run.data, reliability)
+        if can_report():
+            self._write_report(metrics, curves, title, reliability)
         if not self._save_scores:
             shutil.rmtree(self._scores)
             shutil.rmtree(self._masks)
@@ -209,13 +266,13 @@ class Recorder:
                 folder.rmdir()
         return metrics
 
-    def _score_metrics(self, track: str | None, workers: int, progress: Progress | None
-                       ) -> tuple[dict[str, Any], ScoreCurves | None]:
+    def _score_metrics(self, track: str | None, workers: int, ray: str | None,
+                       progress: Progress | None) -> tuple[dict[str, Any], ScoreCurves | None]:
         if not self._scored:
             none = {'reason': 'no frame has an anomaly mask'}
             return {'pixel': none, 'components': none, 'compat': none}, None
         result = score_metrics(
-            StoredScores(self._scores, self._masks), track=track, workers=workers,
+            StoredScores(self._scores, self._masks), track=track, workers=workers, ray=ray,
             progress=None if progress is None else
             (lambda done, total: progress('metrics', done, total)))
         own = {row.frame_id: _frame_columns(row) for row in result.per_frame}
@@ -250,21 +307,15 @@ class Recorder:
                   'anomaly': small(answer.anomaly, cv2.INTER_AREA),
                   'mask': small(answer.mask, cv2.INTER_NEAREST)}
         if frame.anomaly_mask is not None:
-            arrays['truth'] = small(frame.anomaly_mask, cv2.INTER_NEAREST)
+            truth = small(frame.anomaly_mask, cv2.INTER_NEAREST)
+            # However small, an anomaly shows in the picture.
+            truth[small((frame.anomaly_mask == 1).view(np.uint8) * 255, cv2.INTER_AREA) > 0] = 1
+            arrays['truth'] = truth
         with atomic_write(self._thumbnails / f'{name}.npz') as path, open(path, 'wb') as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
 
     def _write_report(self, metrics: dict[str, Any], curves: ScoreCurves | None, title: str,
                       calibration: CalibrationMetrics | None) -> None:
-        """Write report.html where the extra ``report`` is installed; else say how to get it."""
-        try:
-            import jinja2  # noqa: F401
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            LOG.warning('no report.html: %s is not installed; pip install '
-                        '"anomaly_seg_ros[report]". metrics.json and per_frame.csv are complete.',
-                        error.name)
-            return
         from anomaly_seg_ros.report import (
             choose_frames, frame_caption, FramePicture, Reliability, ReportData, write_report)
         from anomaly_seg_ros.visualize import anomaly_u8, heat_map, overlay
@@ -294,7 +345,7 @@ class Recorder:
 def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
              backend: str = 'cpu', threads: int = 0, settings: ObstacleSettings | None = None,
              limit: int | None = None, save_scores: bool = False, keep_going: bool = False,
-             track: str | None = None, workers: int = 1,
+             track: str | None = None, workers: int = 1, ray: str | None = None,
              progress: Progress | None = None) -> dict[str, Any]:
     """
     Run a model over a data set and write metrics.json, per_frame.csv and report.html.
@@ -321,8 +372,9 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
         first problem ends the run.
     track
         Component metrics of the ``anomaly`` or ``obstacle`` track; default: the data set's own.
-    workers
-        Processes that compute the metrics.
+    workers, ray
+        Processes that compute the metrics, or the address of a Ray cluster that does; its machines
+        must see ``output`` under the same path.
     progress
         Called with (what, done, total).
 
@@ -334,10 +386,12 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
     """
     model_file = load_model_file(model)
     # Under keep_going each bad frame is met, and named, when its turn comes.
-    problems = list(source.problems) if keep_going else source.check()
+    problems = list(source.problems) if keep_going else source.check(limit)
     if problems and not keep_going:
-        raise UserError('\n'.join([f'{source.name}: {len(problems)} problems:', *problems,
-                                   'Mend them, or leave those frames out with --keep-going.']))
+        lines = ''.join(f'\n  {problem}' for problem in problems)
+        raise UserError(f'{source.root}: {len(problems)} of the files of {source.name} cannot be '
+                        f'scored:{lines}\nMend them, or leave those frames out with '
+                        '--keep-going.')
     frame_ids = list(source.frame_ids)[:limit]
     recorder = Recorder(output, model_file.card, save_scores=save_scores)
     with open_backend(model_file, backend, threads=threads) as device:
@@ -350,17 +404,14 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
                 recorder.add(frame, answer_offline(pipeline, frame))
             except (UserError, BadOutput) as error:
                 if not keep_going:
-                    kept = (f'\nThe scores of {recorder.frames} frames before it are kept in '
-                            f'{recorder.output / "scores"}; "anomaly-seg metrics" reads them.'
-                            if recorder.frames else '')
-                    raise UserError(f'frame {frame_id}: {error}{kept}') from error
+                    raise UserError(f'frame {frame_id}: {error}{recorder.kept()}') from error
                 problems.append(f'frame {frame_id}: {error}')
             if progress is not None:
                 progress('frames', index + 1, len(frame_ids))
         run = RunInfo(model_file, f'{source.name} in {source.root}',
                       device.describe(), pipeline.settings,
                       {'problems': problems} if problems else {})
-    return recorder.finish(run, track=track or source.track, workers=workers,
+    return recorder.finish(run, track=track or source.track, workers=workers, ray=ray,
                            title=source.name, progress=progress)
 
 
@@ -382,7 +433,7 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
     scores, masks
         Folders of ``<name>.npy`` and ``<name>.png`` or ``.npy``, see ``StoredScores``.
     output
-        Folder for metrics.json and per_frame.csv.
+        Folder for metrics.json, per_frame.csv and report.html.
     track, workers, keep_going, ray
         As in ``score_metrics``.
     progress
@@ -412,7 +463,24 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
     write_per_frame(output / 'per_frame.csv', [
         {'frame_id': row.frame_id, **_frame_columns(row)} for row in result.per_frame])
     atomic_write_text(output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
+    if can_report():
+        from anomaly_seg_ros.report import ReportData, write_report
+        write_report(output / 'report.html', ReportData(
+            title=f'Stored scores: {Path(os.path.abspath(scores)).name}', metrics=metrics,
+            curves=result.curves))
     return metrics
+
+
+def can_report() -> bool:
+    """Return whether the extra ``report`` is installed; warn how to get it where it is not."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        LOG.warning('no report.html: %s is not installed; pip install "anomaly_seg_ros[report]". '
+                    'metrics.json and per_frame.csv are complete.', error.name)
+        return False
+    return True
 
 
 def percentiles(values_ms: Sequence[float]) -> dict[str, float]:
