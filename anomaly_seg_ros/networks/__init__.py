@@ -72,6 +72,9 @@ def load_erfnet(weights: Path) -> LoadedNetwork:
     classes = len(CITYSCAPES_CLASSES)
     void_index = None
     bias = state.get('decoder.output_conv.bias')
+    if bias is not None and bias.shape not in ((classes,), (classes + 1,)):
+        raise UserError(f'{weights}: expected {classes} classes, or {classes + 1} with void last, '
+                        f'got {bias.shape[0]}; ERFNet is loaded for the Cityscapes classes only')
     if bias is not None and bias.shape == (classes + 1,):
         void_index = classes
         for key, channel_axis in (('decoder.output_conv.weight', 1),
@@ -92,6 +95,9 @@ NETWORKS: dict[str, Callable[[Path], LoadedNetwork]] = {
 
 def load_network(name: str, weights: Path | str) -> LoadedNetwork:
     """Load the network called ``name`` from ``weights``; an unknown name lists the choices."""
+    from anomaly_seg_ros.networks.numerics import settle_vector_math
+
+    settle_vector_math()
     if name not in NETWORKS:
         raise UserError(f'unknown network {name!r}; choose one of {", ".join(sorted(NETWORKS))}')
     return NETWORKS[name](Path(weights))

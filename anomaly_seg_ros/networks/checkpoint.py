@@ -39,11 +39,11 @@ def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
     except pickle.UnpicklingError as error:
         raise UserError(
             f'{path}: holds more than tensors (or is damaged), and was not executed: '
-            f'{str(error).splitlines()[0]} Save it again with torch.save(model.state_dict(), ...) '
+            f'{_first_line(error)} Save it again with torch.save(model.state_dict(), ...) '
             'or as .safetensors.') from error
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
         raise UserError(f'{path}: not a readable weights file '
-                        f'({type(error).__name__}: {str(error).splitlines()[0]}). Download or '
+                        f'({type(error).__name__}: {_first_line(error)}). Download or '
                         'save it again.') from error
     for key in ('state_dict', 'model'):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -81,6 +81,10 @@ def fit_state_dict(network: 'nn.Module', state: 'dict[str, Tensor]', path: Path 
         raise UserError(f'{path}: weights with NaN or infinity ({_some(bad)}). Use another '
                         'checkpoint.')
     network.load_state_dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ['no details'])[0]
 
 
 def _some(keys: list[str]) -> str:
