@@ -14,8 +14,8 @@ from anomaly_seg_ros.synthetic.obstacles import make_obstacle
 from anomaly_seg_ros.synthetic.render import make_view, render
 from anomaly_seg_ros.synthetic.world import Item, make_world, World
 
-# House fronts, trees and people of training scenes; drives use the banks above.
-TRAINING_BANK = 0
+# Banks of house fronts, trees and people: training scenes use the first, drives those above.
+TRAINING_BANKS = 40
 _TEST_BANKS = 50
 
 
@@ -138,7 +138,7 @@ def _place_obstacles(rng: np.random.Generator, world: World, length_m: float
         else:
             d = low + rng.uniform(-1.4, 0.6)
         items.append(make_obstacle(rng, float(s), float(d)))
-        s += rng.uniform(7, 16)
+        s += rng.uniform(6, 13)
     return tuple(items)
 
 
@@ -174,7 +174,7 @@ def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
     if seed < 0:
         raise ValueError(f'seed must be 0 or more, got {seed}')
     rng = np.random.default_rng([seed, 3])
-    world = make_world(rng, 190.0, bank=TRAINING_BANK)
+    world = make_world(rng, 190.0, bank=seed // 50 % TRAINING_BANKS)
     low, high = world.kerbs_d
     d = rng.uniform(low + 1.5, high - 1.5) if rng.random() < 0.4 else (
         max(world.lanes) + rng.normal(0, 0.6))

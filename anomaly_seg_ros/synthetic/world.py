@@ -16,8 +16,7 @@ ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, S
 CAR, TRUCK, BUS = 13, 14, 15
 
 # The train ids that occur in the synthetic world; the other Cityscapes classes stay unused.
-CLASSES_USED = (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY,
-                PERSON, CAR, TRUCK, BUS)
+CLASSES_USED = (ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, TERRAIN, SKY, PERSON, CAR)
 
 WEATHERS = ('clear', 'golden', 'overcast', 'dusk', 'fog', 'rain')
 SIDE_STYLES = ('urban', 'suburb', 'park', 'rural')
@@ -310,8 +309,7 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                                   (0, 0, float(rng.uniform(6, 10))), variant='broadleaf')
                              for _ in range(3))
                 items.append(Item('strip', s, side * (line + 0.3), pick(4),
-                                  (length, 0.3, float(rng.uniform(1.2, 2.2))),
-                                  variant=str(rng.choice(['brick', 'plaster', 'planks']))))
+                                  (length, 0.3, float(rng.uniform(1.2, 2.2))), variant='hedge'))
             s += length + (rng.uniform(2, 5) if rng.random() < 0.12 else 0.0)
         if rng.random() < 0.55:
             kind = str(rng.choice(['broadleaf', 'broadleaf', 'conifer']))
@@ -325,12 +323,10 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
             seed = pick(24)
             items.append(Item('house', s + 3, side * (garden + rng.uniform(4, 8)), seed,
                               house_size(seed, True), variant='gable'))
-            border = str(rng.choice(['hedge', 'brick', 'plaster', 'planks', 'none'],
-                                    p=(.34, .16, .12, .2, .18)))
-            if border != 'none':
+            if rng.random() < 0.6:
                 items.append(Item('strip', s, side * garden, pick(4),
                                   (length - 3.0, 0.5, float(rng.uniform(0.9, 1.8))),
-                                  variant=border))
+                                  variant='hedge'))
             for _ in range(rng.integers(0, 4)):
                 kind = str(rng.choice(['broadleaf', 'conifer', 'bush']))
                 items.append(Item('tree', s + rng.uniform(0, length),
@@ -355,14 +351,9 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                               house_size(seed, True), variant='gable'))
         if style == 'rural':
             _row(rng, items, 'delineator', side * (kerb + 0.6), far, 25.0, 0, '', (1.0, 1.0), 0.0)
-            if rng.random() < 0.5:
-                start = rng.uniform(0, far)
-                items.append(Item('rail', start, side * (kerb + 0.8), 0,
-                                  (float(rng.uniform(30, 90)), 0.1, 0.75)))
         elif rng.random() < 0.4:
             items.append(Item('strip', 0.0, side * (line + 0.4), pick(4),
-                              (far, 0.3, float(rng.uniform(0.8, 1.4))),
-                              variant=str(rng.choice(['hedge', 'planks', 'brick']))))
+                              (far, 0.3, float(rng.uniform(0.8, 1.4))), variant='hedge'))
     if style != 'rural':
         if rng.random() < 0.8:
             _row(rng, items, 'lamp', side * (kerb + 0.5), far, rng.uniform(22, 36), 0, '',
@@ -379,10 +370,7 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                  for s in np.arange(rng.uniform(5, 40), far, rng.uniform(18, 60))
                  if rng.random() < 0.7)
     for s in crossings:
-        if rng.random() < 0.6:
-            items.append(Item('signal', s - 1.0, side * (kerb + 0.4), int(s),
-                              (0, 0, 3.2)))
-        elif rng.random() < 0.7:
+        if rng.random() < 0.7:
             items.append(Item('sign', s - 0.5, side * (kerb + 0.4), 4, (0, 0, 2.4)))
     if parking:
         s = -rng.uniform(0, 12)
@@ -403,8 +391,7 @@ def _row(rng: np.random.Generator, items: list[Item], kind: str, d: float, far: 
 
 def _vehicle(rng: np.random.Generator, s: float, d: float, speed: float, facing_us: bool,
              parked: bool = False) -> Item:
-    shares = (0.32, 0.3, 0.2, 0.16, 0.02, 0.0) if parked else (0.28, 0.24, 0.18, 0.1, 0.1, 0.1)
-    kind = str(rng.choice(['sedan', 'hatch', 'suv', 'van', 'truck', 'bus'], p=shares))
+    kind = str(rng.choice(['sedan', 'hatch', 'suv', 'van'], p=(0.32, 0.3, 0.2, 0.18)))
     return Item('vehicle', float(s), float(d), int(rng.integers(30)), yaw=math.pi if facing_us
                 else 0.0, speed=speed, variant=kind)
 
