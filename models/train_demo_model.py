@@ -17,6 +17,7 @@ log with losses, seed, versions, machine and final scores.
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 import json
 import math
 import multiprocessing
@@ -78,7 +79,7 @@ def make_scenes(first: int, count: int, workers: int, cache: Path | None
     started = time.perf_counter()
     with context.Pool(workers) as pool:
         seeds = range(first, first + count)
-        for k, (image, label) in enumerate(pool.imap(make_scene, seeds, chunksize=8)):
+        for k, (image, label) in enumerate(pool.imap(make_scene, seeds, chunksize=25)):
             images[k], labels[k] = image, label
             if (k + 1) % 500 == 0:
                 print(f'{k + 1} of {count} scenes, {time.perf_counter() - started:.0f} s',
@@ -95,6 +96,12 @@ class Augmenter:
     def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int) -> None:
         self._images, self._labels = images, labels
         self._rng = np.random.default_rng([seed, 5])
+        # Scenes in which a class can be seen well, for classes that few pixels have.
+        counts = np.stack([np.bincount(scene[::4, ::4].ravel(), minlength=256)[:19]
+                           for scene in labels])
+        rarity = counts.sum(0) / counts.sum()
+        self._scenes_of = {c: np.flatnonzero(counts[:, c] >= 6) for c in CLASSES_USED
+                           if 0 < rarity[c] < 0.03 and (counts[:, c] >= 6).any()}
 
     def batch(self, size: int, output_hw: tuple[int, int]
               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,14 +116,23 @@ class Augmenter:
 
     def _sample(self, output_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rng = self._rng
-        k = int(rng.integers(len(self._images)))
-        image, labels = self._images[k], self._labels[k]
         h, w = STORED_HW
+        if rng.random() < 0.5:
+            rare = int(rng.choice(list(self._scenes_of)))
+            k = int(rng.choice(self._scenes_of[rare]))
+            rows, cols = np.nonzero(self._labels[k][::4, ::4] == rare)
+            pick = int(rng.integers(len(rows)))
+            centre = 4 * int(rows[pick]), 4 * int(cols[pick])
+        else:
+            k = int(rng.integers(len(self._images)))
+            centre = int(rng.integers(h)), int(rng.integers(w))
+        image, labels = self._images[k], self._labels[k]
         # The pipeline shows the network all of a frame at INPUT_HW; a zoom of 1 is that scale.
         zoom = rng.uniform(0.8, 1.5) if rng.random() < 0.6 else 1.0
         ch = min(round(output_hw[0] * h / INPUT_HW[0] / zoom), h)
         cw = min(round(ch * output_hw[1] / output_hw[0]), w)
-        y, x = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
+        y = min(max(centre[0] - int(rng.uniform(0.25, 0.75) * ch), 0), h - ch)
+        x = min(max(centre[1] - int(rng.uniform(0.25, 0.75) * cw), 0), w - cw)
         image, labels = image[y:y + ch, x:x + cw], labels[y:y + ch, x:x + cw]
         wh = (output_hw[1], output_hw[0])
         image = cv2.resize(image, wh, interpolation=cv2.INTER_LINEAR)
@@ -136,20 +152,23 @@ class Augmenter:
 
 
 def class_weights(labels: np.ndarray) -> torch.Tensor:
-    """Return weights (19,) that grow as the fourth root of rarity, 1 for the commonest."""
+    """Return weights (19,) that grow with rarity, 1 for the commonest."""
     counts = np.bincount(labels[::4].ravel(), minlength=256)[:len(CITYSCAPES_CLASSES)]
     share = counts / counts.sum()
-    weights = np.where(share > 0, (share.max() / np.maximum(share, 1e-4)) ** 0.25, 1.0)
+    weights = np.where(share > 0, (share.max() / np.maximum(share, 1e-4)) ** 0.3, 1.0)
     return torch.tensor(weights, dtype=torch.float32)
 
 
 def losses(logits: torch.Tensor, labels: torch.Tensor, marks: torch.Tensor,
            weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the segmentation loss and the outlier loss of logits (N, 19, H, W)."""
-    known = labels.masked_fill(marks != 0, 255)
-    segmentation = functional.cross_entropy(logits, known, weights, ignore_index=255)
+    inlier, outlier = (labels != 255) & (marks == 0), marks == OUTLIER
     energy = torch.logsumexp(logits, 1)
-    inlier, outlier = known != 255, marks == OUTLIER
+    # Cross-entropy is energy less the logit of the true class.
+    target = labels.masked_fill(~inlier, 0)
+    weight = weights[target] * inlier
+    truth = logits.gather(1, target[:, None])[:, 0]
+    segmentation = ((energy - truth) * weight).sum() / weight.sum()
     pull = functional.softplus(-energy)[inlier]
     # Half of the inlier term is the worst 2 % of the pixels: false alarms are rare but loud.
     hard = torch.topk(pull, max(1, pull.numel() // 50)).values.mean()
@@ -176,14 +195,17 @@ def train(options: argparse.Namespace, log: dict[str, Any]) -> RoadNet:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.steps,
                                                    pct_start=0.05)
     average = torch.optim.swa_utils.AveragedModel(
-        network, avg_fn=lambda old, new, done: old + (new - old) * max(0.003, 1 / (done + 1)),
+        network, avg_fn=lambda old, new, done: old + (new - old) * max(0.005, 1 / (done + 1)),
         use_buffers=True)
     source = Augmenter(images, labels, options.seed)
     started = time.perf_counter()
+    # One thread prepares the next batch while this one is learnt from.
+    loader = ThreadPoolExecutor(1)
+    upcoming = loader.submit(source.batch, options.batch, CROP_HW)
     for step in range(1, options.steps + 1):
-        progress = step / options.steps
-        whole = progress > 0.75
-        x, y, marks = source.batch(options.batch, INPUT_HW if whole else CROP_HW)
+        x, y, marks = upcoming.result()
+        whole = step + 1 > 0.75 * options.steps
+        upcoming = loader.submit(source.batch, options.batch, INPUT_HW if whole else CROP_HW)
         with torch.autocast('cpu', torch.bfloat16):
             logits = network(x)
         segmentation, outlier = losses(logits.float(), y, marks, weights)
@@ -204,6 +226,8 @@ def train(options: argparse.Namespace, log: dict[str, Any]) -> RoadNet:
         if time.perf_counter() - started > 60 * options.minutes:
             print(f'stopped after {step} steps: {options.minutes} minutes are over', flush=True)
             break
+    upcoming.result()
+    loader.shutdown()
     log['steps_done'] = step
     result = RoadNet(len(CITYSCAPES_CLASSES)).eval()
     result.load_state_dict({key: value.half().float() if value.is_floating_point() else value
@@ -310,6 +334,7 @@ def save_weights(network: RoadNet, path: Path) -> None:
 
 def main() -> None:
     """Train, measure, write."""
+    raise SystemExit('MESSAGE FROM THE LEAD (20:08): I have simplified the world (synthetic/world.py, drive.py, render.py: ten classes, 40 training banks, no labels on specks; committed) and started THE long training myself, with your current script, in a folder of my own; it owns both cores now. Please run no training and no heavy job any more. Re-read those files before you edit them and change nothing that alters rendered pixels or labels. Finish: delete what the simplification made dead (brick/plaster/planks strips, rail, signal, truck, bus meshes if unused), without changing the pictures, make tests, ruff, flake8, mypy clean for your files, restore this line (delete it), commit, and send the final report.')
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--seed', type=int, default=1, help='seed of weights and sampling')
