@@ -82,6 +82,12 @@ class SyntheticDrive:
         if anomalies:
             self.obstacles = _place_obstacles(np.random.default_rng([seed, 2]), self.world, length)
             self.world = _with_obstacles(self.world, self.obstacles, self._duration)
+        times = np.arange(0.0, self._duration, 0.2)
+        poses = [self.pose(float(t)) for t in times]
+        self.world = replace(self.world, items=tuple(
+            item for item in self.world.items
+            if not any(_collides(item, pose, float(t))
+                       for pose, t in zip(poses, times, strict=True))))
 
     def __len__(self) -> int:
         """Return the number of frames."""
