@@ -3,12 +3,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+import subprocess
+import sys
 import time
 
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 from anomaly_seg_ros.images import message_array
 from anomaly_seg_ros.model_file import ModelCard, write_model_file
-from anomaly_seg_ros.ros.client import NodeRun
+from anomaly_seg_ros.ros.client import NodeClient, NodeRun
 import numpy as np
 
 INPUT_HW = (64, 128)
@@ -209,3 +211,31 @@ class Driver:
         from lifecycle_msgs.srv import GetState
         reply = self.call('get_state', GetState, GetState.Request())
         return str(reply.current_state.label)
+
+
+def publish_forever(domain_id: int, rate_hz: float, log: Path) -> None:
+    """Publish frames until killed; each stamp is written to ``log`` before its frame goes out."""
+    client = NodeClient(domain_id, (), reliable=False)
+    with open(log, 'a', encoding='utf-8', buffering=1) as stream:
+        index = 0
+        while True:
+            stamp_ns = time.time_ns()
+            stream.write(f'{stamp_ns}\n')
+            client.send(make_frame(index % 7), stamp_ns)
+            index += 1
+            time.sleep(1 / rate_hz)
+
+
+def subscribe_forever(domain_id: int) -> None:
+    """Receive the labels until killed."""
+    client = NodeClient(domain_id, ('labels',), reliable=True)
+    while True:
+        client.spin(1.0)
+
+
+def start_helper(function: Callable[..., None], *arguments: object) -> subprocess.Popen:
+    """Run one of the functions above in a process of its own."""
+    code = (f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); '
+            'import pathlib, ros_helpers; from pathlib import PosixPath; '
+            f'ros_helpers.{function.__name__}(*{arguments!r})')
+    return subprocess.Popen([sys.executable, '-c', code])

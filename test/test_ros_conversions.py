@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip('rclpy')
 
-from anomaly_seg_ros.images import message_array, message_data  # noqa: E402
+from anomaly_seg_ros.images import message_array, message_data  # noqa: E402, I100
 from anomaly_seg_ros.ros.conversions import (  # noqa: E402
     frame_report, ImageBuffer, label_info, read_image, rescaled_camera_info, stamp_to_ns)
 import cv2  # noqa: E402

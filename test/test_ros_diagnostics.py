@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip('rclpy')
 
-from anomaly_seg_ros.ros.diagnostics import (  # noqa: E402
+from anomaly_seg_ros.ros.diagnostics import (  # noqa: E402, I100
     assess, DROPS, ERROR, Latencies, Monitor, NodeState, OK, Rate, STAGES, to_message, WARN)
 from anomaly_seg_ros.ros.parameters import NodeParameters  # noqa: E402
 from anomaly_seg_ros.ros.watchdog import Watchdog  # noqa: E402

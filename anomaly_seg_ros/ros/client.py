@@ -27,7 +27,7 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 import yaml
 
@@ -144,7 +144,7 @@ class NodeClient:
     """
 
     def __init__(self, domain_id: int, outputs: Sequence[str] = OUTPUTS, *,
-                 reliable: bool = True) -> None:
+                 reliable: bool = True, image_transport: str = 'raw') -> None:
         """
         Join a domain and subscribe.
 
@@ -156,6 +156,8 @@ class NodeClient:
             Names of image outputs, as in ``~/output/<name>``.
         reliable
             QoS of the frames and the outputs.
+        image_transport
+            ``raw`` or ``compressed``, as the node's parameter: type of the frames.
 
         """
         self.outputs = tuple(outputs)
@@ -179,7 +181,8 @@ class NodeClient:
         subscribe(DiagnosticArray, f'/{NODE}/debug/frame',
                   lambda message: self._take('frame', message), qos)
         subscribe(DiagnosticArray, '/diagnostics', self._take_diagnostics, 10)
-        self._publisher = self.node.create_publisher(Image, f'/{NODE}/input/image', qos)
+        kind = Image if image_transport == 'raw' else CompressedImage
+        self._publisher = self.node.create_publisher(kind, f'/{NODE}/input/image', qos)
 
     @property
     def ready(self) -> bool:
@@ -198,7 +201,7 @@ class NodeClient:
                            data=message_data(image_rgb), header=make_header(stamp_ns, frame_id)))
 
     def publish(self, message: Any) -> None:
-        """Publish a sensor_msgs/Image as it is."""
+        """Publish a sensor_msgs Image or CompressedImage as it is."""
         self._publisher.publish(message)
 
     def spin(self, timeout_s: float) -> None:
@@ -330,7 +333,9 @@ class NodeRun:
                  '--params-file', str(file)],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             stack.callback(self.stop)
-            self.client = NodeClient(self.domain_id, self._outputs, reliable=self._reliable)
+            self.client = NodeClient(
+                self.domain_id, self._outputs, reliable=self._reliable,
+                image_transport=self._parameters.get('image_transport', 'raw'))
             stack.callback(self.client.close)
             if self._wait_active:
                 self._wait_until_active()

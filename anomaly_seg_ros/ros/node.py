@@ -16,7 +16,7 @@ from typing import Any
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
-from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, to_message
+from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
 from anomaly_seg_ros.ros.inbox import Mailbox
 from anomaly_seg_ros.ros.loading import LoadedModel, open_model, read_model
 from anomaly_seg_ros.ros.model_swap import ModelSwap
@@ -164,7 +164,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             self._worker = Worker(
                 model, self._mailbox, self._outputs, self._monitor, parameters,
                 now_ns=lambda: self.get_clock().now().nanoseconds,
-                log_error=lambda text: self.get_logger().error(text, throttle_duration_sec=5.0),
+                log_error=self._log_error,
                 on_swapped=self._swapped)
         except BaseException:
             model.close()
@@ -290,8 +290,12 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
     # Diagnostics
 
     def _new_watchdog(self) -> Watchdog:
-        return Watchdog(self._settings.diagnostics_period_s, self._report,
-                        lambda text: self.get_logger().error(text, throttle_duration_sec=5.0))
+        return Watchdog(self._settings.diagnostics_period_s, self._report, self._log_error)
+
+    def _log_error(self, text: str) -> None:
+        """Log an error of a thread; after shutdown publishing fails, and that is no news."""
+        if self.context.ok():
+            self.get_logger().error(text, throttle_duration_sec=5.0)
 
     def _report(self) -> None:
         parameters, monitor = self._settings, self._monitor
@@ -306,10 +310,16 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             statuses, self.get_name(), self._input_topic(), self.get_clock().now().to_msg()))
         for status in statuses:
             if status.level > self._levels.get(status.part, 0):
-                log = self.get_logger().error if status.level == ERROR \
-                    else self.get_logger().warning
-                log(f'{status.part}: {status.message}')
+                self._log_status(status)
             self._levels[status.part] = status.level
+
+    def _log_status(self, status: Status) -> None:
+        text = f'{status.part}: {status.message}'
+        # rclpy allows one severity for each line of source.
+        if status.level == ERROR:
+            self.get_logger().error(text)
+        else:
+            self.get_logger().warning(text)
 
     def _state(self) -> NodeState:
         worker = self._worker
