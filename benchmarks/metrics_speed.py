@@ -17,13 +17,12 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from anomaly_seg_ros.metrics import components
 from anomaly_seg_ros.metrics.pixel import (
     NegativeCounts, PixelCurve, PixelMetrics, PositiveScores, split_scores)
 from anomaly_seg_ros.metrics.stored import score_metrics, StoredScores
+import numpy as np
+import numpy.typing as npt
 
 SHAPE = (1024, 2048)
 ANOMALOUS = 0.002

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference codes' figures against direct, slow readings of what those codes do."""
 
-import numpy as np
-import pytest
-from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
-
 from anomaly_seg_ros.metrics.calibration import calibration_metrics
 from anomaly_seg_ros.metrics.compat import (
     _quantiles, CaosPerImage, pytorch_ood, pytorch_ood_per_image, relis, S2mCounts, SmiycPixel,
     torchmetrics_curve)
 from anomaly_seg_ros.metrics.pixel import split_scores
+import numpy as np
+import pytest
+from sklearn.metrics import auc, average_precision_score, precision_recall_curve, roc_auc_score
 
 
 @pytest.fixture
@@ -96,7 +95,18 @@ def test_smiyc_uniform_bins_are_close_to_exact_and_merge(images):
 def test_smiyc_without_anomaly_is_null_with_a_reason(images):
     bins = SmiycPixel()
     bins.update(0, splits(images)[3])
-    assert bins.result().auroc is None and bins.result().reason == 'no anomalous pixel'
+    assert bins.result().auroc is None
+    assert bins.result().reason == 'needs anomalous and in-distribution pixels'
+
+
+def test_smiyc_uniform_bins_never_find_scores_outside_their_range():
+    bins = SmiycPixel(uniform=True)
+    bins.update(0, split_scores(np.array([[.9, .5, 3., .2, -4.]]),
+                                np.array([[1, 0, 1, 0, 0]], np.uint8), 'image'))
+    figures = bins.result()
+    # Points (tp, fp): (1, 0), (1, 1), (1, 2), then at once all 5 pixels: (2, 3).
+    assert figures.average_precision == pytest.approx(1 / 2 + 1 / 2 * 2 / 5, abs=1e-12)
+    assert figures.fpr95 == 1.0 and figures.best_f1 == pytest.approx(2 / 3, abs=1e-12)
 
 
 def test_s2m_counts_images_and_thresholds_one_by_one(images):

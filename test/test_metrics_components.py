@@ -3,12 +3,11 @@
 
 import time
 
+from anomaly_seg_ros.metrics import components
+from anomaly_seg_ros.metrics.components import ComponentCounts, TAUS, Track
 import numpy as np
 import pytest
 from scipy.ndimage import label
-
-from anomaly_seg_ros.metrics import components
-from anomaly_seg_ros.metrics.components import ComponentCounts, TAUS, Track
 
 
 @pytest.fixture

@@ -4,18 +4,17 @@
 from itertools import pairwise
 import pickle
 
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.metrics.compat import (
+    caos_fpr_at_recall, interpolated_fpr95, rba_fpr95, trapezoid_aupr)
+from anomaly_seg_ros.metrics.pixel import (
+    NegativeCounts, pixel_metrics, PixelCurve, PixelMetrics, PositiveScores, split_scores)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
 from sklearn.metrics import (
     auc, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve)
-
-from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.metrics.compat import (
-    caos_fpr_at_recall, interpolated_fpr95, rba_fpr95, trapezoid_aupr)
-from anomaly_seg_ros.metrics.pixel import (
-    NegativeCounts, pixel_metrics, PixelCurve, PixelMetrics, PositiveScores, split_scores)
 
 
 @st.composite

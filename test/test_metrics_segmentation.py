@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Confusion matrix figures against scikit-learn and worked examples."""
 
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
 import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, jaccard_score
-
-from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
 
 NAMES = ('road', 'car', 'sky', 'train')
 

@@ -4,14 +4,13 @@
 import json
 from pathlib import Path
 
-import cv2
-import numpy as np
-import pytest
-
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.metrics.components import ComponentCounts
 from anomaly_seg_ros.metrics.pixel import pixel_metrics
 from anomaly_seg_ros.metrics.stored import score_metrics, StoredScores
+import cv2
+import numpy as np
+import pytest
 
 
 @pytest.fixture

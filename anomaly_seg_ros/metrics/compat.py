@@ -12,11 +12,10 @@ from itertools import pairwise
 import math
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from anomaly_seg_ros.metrics.pixel import (
     count_sorted, FloatArray, IntArray, PixelCurve, SplitScores)
+import numpy as np
+import numpy.typing as npt
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -41,11 +40,12 @@ class SmiycPixelMetrics:
 
 @dataclass(frozen=True)
 class _Bins:
-    """Histograms of one frame, from the highest bin to the lowest."""
+    """Histograms of one frame, from the highest bin to the lowest, and its pixels."""
 
     lower_edges: Float64Array
     positives: IntArray
     negatives: IntArray
+    total: tuple[int, int]
 
 
 class SmiycPixel:
@@ -54,8 +54,8 @@ class SmiycPixel:
 
     Differs from the canonical figures: scores count only by bin. By default the edges of a frame
     are 384 quantiles of its anomalous and 384 of its in-distribution pixels; with ``uniform``,
-    4096 equal bins over [-0.01, 1.01] (other scores are lost). The bins of all frames are sorted
-    by lower edge and accumulated, as if every pixel scored its bin's lower edge.
+    4096 equal bins over [-0.01, 1.01]; pixels outside count as found last of all. The bins of all
+    frames are sorted by lower edge and accumulated, as if every pixel scored its bin's lower edge.
 
     Parameters
     ----------
@@ -80,7 +80,8 @@ class SmiycPixel:
             edges = _quantile_edges(positives, negatives)
             counts = count_sorted(positives, edges)
             negative_counts = count_sorted(negatives, edges)
-        self._frames[frame] = _Bins(edges[-2::-1], counts[::-1], negative_counts[::-1])
+        self._frames[frame] = _Bins(edges[-2::-1], counts[::-1], negative_counts[::-1],
+                                    (positives.size, negatives.size))
 
     def merge(self, other: 'SmiycPixel') -> None:
         """Add the frames of ``other``."""
@@ -89,21 +90,25 @@ class SmiycPixel:
     def result(self) -> SmiycPixelMetrics:
         """Compute the figures over all frames added."""
         frames = [self._frames[key] for key in sorted(self._frames)]
-        if self.uniform and frames:
-            # Equal bins: the frames' histograms add up. (The edges' dtype is the scores'.)
-            frames = [_Bins(frames[0].lower_edges,
-                            np.sum([bins.positives for bins in frames], axis=0),
-                            np.sum([bins.negatives for bins in frames], axis=0))]
-        thresholds = np.concatenate([np.empty(0), *(bins.lower_edges for bins in frames)])
-        tp = np.concatenate([np.empty(0), *(bins.positives for bins in frames)])
-        fp = np.concatenate([np.empty(0), *(bins.negatives for bins in frames)])
-        if not tp.any() or not fp.any():
-            missing = 'in-distribution' if tp.any() else 'anomalous'
-            return SmiycPixelMetrics(None, None, None, None, None, None, f'no {missing} pixel')
+        if not frames or not all(np.sum([bins.total for bins in frames], axis=0)):
+            return SmiycPixelMetrics(None, None, None, None, None, None,
+                                     'needs anomalous and in-distribution pixels')
+        positives, negatives = np.sum([bins.total for bins in frames], axis=0).tolist()
+        if self.uniform:  # equal bins: the histograms add up
+            return _smiyc_figures(
+                frames[0].lower_edges,
+                np.cumsum(np.sum([bins.positives for bins in frames], axis=0)),
+                np.cumsum(np.sum([bins.negatives for bins in frames], axis=0)),
+                positives, negatives)
+        thresholds = np.concatenate([bins.lower_edges for bins in frames])
         # The default sort on purpose: where frames share their highest score, the reference's
         # figures depend on how this very call orders equal edges.
         order = np.argsort(thresholds)[::-1]
-        return _smiyc_figures(thresholds[order], np.cumsum(tp[order]), np.cumsum(fp[order]))
+        return _smiyc_figures(
+            thresholds[order],
+            np.cumsum(np.concatenate([bins.positives for bins in frames])[order]),
+            np.cumsum(np.concatenate([bins.negatives for bins in frames])[order]),
+            positives, negatives)
 
 
 def _quantile_edges(positives: FloatArray, negatives: FloatArray) -> Float64Array:
@@ -127,10 +132,9 @@ def _quantiles(ordered: FloatArray, shares: Float64Array) -> Float64Array:
                     ordered[above] - step * (1 - share))
 
 
-def _smiyc_figures(thresholds: Float64Array, tp: Float64Array,
-                   fp: Float64Array) -> SmiycPixelMetrics:
-    """Figures from cumulative counts at descending lower bin edges."""
-    positives, negatives = tp[-1], fp[-1]
+def _smiyc_figures(thresholds: Float64Array, tp: IntArray, fp: IntArray, positives: int,
+                   negatives: int) -> SmiycPixelMetrics:
+    """Figures from cumulative counts at descending lower bin edges, and all pixels' counts."""
     # Of equal edges only the last counts, but the first entry stays in any case.
     last = np.flatnonzero(thresholds[:-1] != thresholds[1:])
     keep = np.concatenate([[0], last, [thresholds.size - 1]])
@@ -138,9 +142,12 @@ def _smiyc_figures(thresholds: Float64Array, tp: Float64Array,
     if tp[0] or fp[0]:
         tp, fp = np.append(0, tp), np.append(0, fp)
         thresholds = np.append(thresholds[0] + 1, thresholds)
+    if (tp[-1], fp[-1]) != (positives, negatives):
+        tp, fp = np.append(tp, positives), np.append(fp, negatives)
+        thresholds = np.append(thresholds, thresholds.max() - 1)
     recall, fpr = tp / positives, fp / negatives
     predicted = tp + fp
-    precision = np.divide(tp, predicted, out=np.ones_like(tp), where=predicted > 0)
+    precision = np.divide(tp, predicted, out=np.ones(tp.size), where=predicted > 0)
     f1 = 2 * tp / (predicted + positives)
     k95, best = int(np.searchsorted(recall, 0.95)), int(np.argmax(f1))
     return SmiycPixelMetrics(

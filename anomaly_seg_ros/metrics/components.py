@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import math
 from typing import Any
 
+from anomaly_seg_ros.metrics.pixel import VOID
 import cv2
 import numpy as np
 import numpy.typing as npt
-
-from anomaly_seg_ros.metrics.pixel import VOID
 
 TAUS = tuple(round(0.25 + 0.05 * step, 2) for step in range(11))
 

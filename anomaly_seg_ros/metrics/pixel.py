@@ -16,10 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from anomaly_seg_ros.errors import UserError
 import numpy as np
 import numpy.typing as npt
-
-from anomaly_seg_ros.errors import UserError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int64]

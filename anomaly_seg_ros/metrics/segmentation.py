@@ -4,11 +4,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from anomaly_seg_ros.classes import UNLABELLED
 from anomaly_seg_ros.errors import UserError
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)

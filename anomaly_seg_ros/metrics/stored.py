@@ -20,10 +20,6 @@ import os
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import cv2
-import numpy as np
-import numpy.typing as npt
-
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.metrics.compat import (
     CaosMetrics, CaosPerImage, S2mCounts, S2mMetrics, SmiycPixel, SmiycPixelMetrics)
@@ -31,6 +27,9 @@ from anomaly_seg_ros.metrics.components import ComponentCounts, ComponentMetrics
 from anomaly_seg_ros.metrics.pixel import (
     check_frame, count_sorted, FloatArray, IntArray, MaskArray, NegativeCounts, PixelCurve,
     PixelMetrics, PositiveScores, split_checked)
+import cv2
+import numpy as np
+import numpy.typing as npt
 
 HISTOGRAM_BINS = 100
 CURVE_POINTS = 2000
