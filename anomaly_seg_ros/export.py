@@ -1,41 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network + score -> one ONNX file with a card, kept only if it agrees with PyTorch."""
+"""Network + score -> one ONNX file with a card, kept only if it agrees with float32 PyTorch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 import logging
 from pathlib import Path
 import platform
 import time
 from typing import Any, TYPE_CHECKING
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.fused import fuse
+from anomaly_seg_ros.graph_variants import check_half, half_body, on_device
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
+from anomaly_seg_ros.parity import compare, Difference, LIMITS
+from anomaly_seg_ros.pipeline import resize_output
+from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
 from anomaly_seg_ros.scores import score_function
+import cv2
+import numpy as np
 
 if TYPE_CHECKING:
+    from anomaly_seg_ros.datasets.frame import Frame
     from torch import nn, Tensor
 
 OPSET = 20
-
-# A kept file differs from float32 PyTorch by no more than this. The score limit is relative to
-# the larger of 1 and the score's range over the check frames; labels may differ where two classes
-# tie to rounding.
-MAX_SCORE_ERROR = {'fp32': 1e-4}
-MAX_LABEL_MISMATCH = {'fp32': 1e-4}
+MAX_CHECK_FRAMES = 20
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export.
+    """
+    What to export.
 
     Attributes
     ----------
@@ -46,11 +47,20 @@ class ExportRequest:
     input_size_hw
         Height and width at which the network runs.
     precision
-        ``fp32``.
+        ``fp32``; ``fp16``: the network's body in float16, the score in float32; ``int8``: static
+        quantisation, see ``anomaly_seg_ros.quantize``.
+    input_variant
+        ``host`` or ``device``, see ``ModelCard``.
+    frame_size_hw, frame_channel_order
+        Size of the camera's frames and order of their channels, for ``device``.
     threshold
         Decision threshold on the score; None takes a provisional one from the check frames.
+    score_range
+        Scores shown as black and white; None takes the range over the check frames.
     name
         Name of the model for people; default: network and score.
+    maximum_drop
+        For ``int8``: by how much average precision and mean IoU may fall, as fractions.
 
     """
 
@@ -60,14 +70,20 @@ class ExportRequest:
     input_size_hw: tuple[int, int] = (512, 1024)
     temperature: float = 1.0
     precision: str = 'fp32'
+    input_variant: str = 'host'
+    frame_size_hw: tuple[int, int] | None = None
+    frame_channel_order: str = 'rgb'
     threshold: float | None = None
     score_range: tuple[float, float] | None = None
     name: str | None = None
+    maximum_drop: float = 0.02
 
 
 def export_model(request: ExportRequest, output: Path | str,
-                 frames: Iterable[np.ndarray] | None = None) -> ModelCard:
-    """Export a network with its score to ``output`` and return its card.
+                 frames: Iterable[np.ndarray] | None = None,
+                 gate: 'Sequence[Frame] | None' = None) -> ModelCard:
+    """
+    Export a network with its score to ``output`` and return its card.
 
     Parameters
     ----------
@@ -76,56 +92,92 @@ def export_model(request: ExportRequest, output: Path | str,
     output
         The ``.onnx`` file to write; written only after the parity check has passed.
     frames
-        Images uint8 (H, W, 3), RGB, on which the file is compared with PyTorch and from which a
-        provisional threshold is taken; default: frames of the synthetic world.
+        Images uint8 (H, W, 3), RGB, of which the first 20 serve to compare the file with PyTorch
+        and to take a provisional threshold; default: frames of the synthetic world. ``int8`` is
+        calibrated on them, and needs real ones.
+    gate
+        For ``int8``: a data set whose metrics may fall by ``request.maximum_drop`` at the most.
 
     Raises
     ------
     UserError
-        If weights, score or size do not fit, or the exported graph differs from PyTorch by more
-        than the limits.
+        If weights, score or size do not fit, float16 overflows, or the exported graph differs from
+        float32 PyTorch by more than the limits.
 
     """
     import torch
 
     started = time.perf_counter()
-    if request.precision not in MAX_SCORE_ERROR:
-        raise UserError(f'unknown precision {request.precision!r}; choose one of '
-                        f'{", ".join(MAX_SCORE_ERROR)}')
-    try:
-        score_function(request.score)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    _check_request(request, frames, gate)
     network = load_network(request.network, request.weights)
     check_size(request.input_size_hw, network)
-    fused = fuse(network, request.score, request.temperature)
-    card = _draft_card(request, network)
-    inputs = [Preprocessor(card)(frame).copy()
-              for frame in (check_frames() if frames is None else frames)]
-    if not inputs:
+    frames = list(islice(check_frames() if frames is None else frames, 64))
+    if not frames:
         raise UserError('no frames to check the export on; give at least one image')
-    with torch.inference_mode():
-        reference = [fused(torch.from_numpy(x)) for x in inputs]
-    graph = to_onnx(fused, torch.from_numpy(inputs[0]))
-    scores = np.concatenate([s.numpy().ravel() for _, s in reference])
+    images = frames[:MAX_CHECK_FRAMES]
+    if request.input_variant == 'device' and request.frame_size_hw is not None:
+        images = [_resize(image, request.frame_size_hw) for image in images]
+    host_card = _draft_card(replace(request, input_variant='host', precision='fp32'), network)
+    inputs = [Preprocessor(host_card)(image).copy() for image in images]
+    reference = run_torch(build_module(network, host_card), inputs)
     card = replace(
-        card, output_size_hw=tuple(reference[0][1].shape[1:]),
-        **_threshold_and_range(request, scores),
+        _draft_card(request, network),
+        output_size_hw=request.frame_size_hw if request.input_variant == 'device'
+        and request.frame_size_hw is not None else reference[0].labels.shape,
+        **threshold_and_range(request.threshold, request.score_range, reference),
         provenance={
             'anomaly_seg_ros': __version__, 'torch': torch.__version__, 'opset': OPSET,
             'python': platform.python_version(), 'exported': time.strftime('%Y-%m-%d')})
-    parity = check_parity(graph, card, inputs, reference)
-    card = replace(card, parity=parity)
+    parity: dict[str, Any] = {'reference': 'PyTorch float32'}
+    if request.precision == 'fp16':
+        parity['float16'] = _check_float16(network, host_card, inputs, reference)
+    module = build_module(network, card)
+    if request.input_variant == 'device':
+        inputs = [image if card.frame_channel_order == 'rgb' else image[..., ::-1].copy()
+                  for image in images]
+        reference = [NetworkOutput(*resize_output(x.labels, x.anomaly, card.output_size_hw))
+                     for x in reference]
+    graph = to_onnx(module, torch.from_numpy(inputs[0]))
+    if request.precision == 'int8':
+        from anomaly_seg_ros.quantize import check_drop, quantize
+
+        float_graph, graph = graph, quantize(graph, card, frames)
+        parity['drop'] = check_drop(float_graph, graph, card, gate or (), request.maximum_drop)
+    difference = check_graph(graph, card, inputs, reference)
+    card = replace(card, parity={**parity, 'backend': 'onnxruntime cpu', **difference.as_card()})
     atomic_write_bytes(output, seal_model(graph, card))
     logging.getLogger(__name__).info('exported in %.1f s', time.perf_counter() - started)
     return card
 
 
-def to_onnx(fused: 'nn.Module', example: 'Tensor') -> bytes:
+def build_module(network: LoadedNetwork, card: ModelCard) -> 'nn.Module':
+    """Return the PyTorch module that a card describes: precision, score, input variant."""
+    import torch
+
+    if card.precision == 'fp16':
+        network = replace(network, module=half_body(network.module))
+    fused = fuse(network, card.score, card.temperature)
+    if card.input_variant == 'host':
+        return fused
+    with torch.inference_mode():
+        labels, _ = fused(torch.zeros(1, 3, *card.input_size_hw))
+    return on_device(fused, card, tuple(labels.shape[1:]))
+
+
+def run_torch(module: 'nn.Module', inputs: Iterable[np.ndarray]) -> list[NetworkOutput]:
+    """Run a fused module on one input after the other."""
+    import torch
+
+    with torch.inference_mode():
+        outputs = [module(torch.from_numpy(x)) for x in inputs]
+    return [NetworkOutput(labels[0].numpy(), anomaly[0].numpy()) for labels, anomaly in outputs]
+
+
+def to_onnx(module: 'nn.Module', example: 'Tensor') -> bytes:
     """Export with the dynamo exporter at fixed size and return the serialised graph."""
     import torch
 
-    program = torch.onnx.export(fused, (example,), dynamo=True, opset_version=OPSET,
+    program = torch.onnx.export(module, (example,), dynamo=True, opset_version=OPSET,
                                 input_names=['image'], output_names=['labels', 'anomaly'],
                                 verbose=False)
     if program is None:
@@ -134,39 +186,25 @@ def to_onnx(fused: 'nn.Module', example: 'Tensor') -> bytes:
     return data
 
 
-def check_parity(graph: bytes, card: ModelCard, inputs: list[np.ndarray],
-                 reference: 'list[tuple[Tensor, Tensor]]') -> dict[str, Any]:
-    """Compare the graph on ONNX Runtime with PyTorch's outputs; raise UserError on drift.
+def check_graph(graph: bytes, card: ModelCard, inputs: Sequence[np.ndarray],
+                reference: Sequence[NetworkOutput]) -> Difference:
+    """
+    Run a graph on ONNX Runtime and return how far it is from the reference.
 
-    Returns the figures for the card: largest and mean absolute score error, fraction of pixels
-    whose label differs, number of frames.
+    Raises
+    ------
+    UserError
+        If it is further than the precision's limits, or a score is not finite.
+
     """
     from anomaly_seg_ros.backends import open_backend
 
-    sealed = seal_model(graph, card)
-    errors, mismatches, largest, span = [], [], 0.0, 1.0
-    with open_backend(ModelFile(Path('exported graph'), '', card, sealed), 'cpu') as backend:
-        for network_input, (labels, anomaly) in zip(inputs, reference, strict=True):
-            output = backend.run(network_input)
-            expected = anomaly[0].numpy().astype(np.float64)
-            if not (np.isfinite(expected).all() and np.isfinite(output.anomaly).all()):
-                raise UserError(f'score {card.score!r} is not finite on a check frame; these '
-                                'weights cannot be exported with it')
-            error = np.abs(expected - output.anomaly)
-            errors.append(float(error.mean()))
-            largest = max(largest, float(error.max()))
-            span = max(span, float(expected.max() - expected.min()))
-            mismatches.append(float((labels[0].numpy() != output.labels).mean()))
-    parity = {'reference': 'PyTorch float32', 'backend': 'onnxruntime cpu', 'frames': len(inputs),
-              'max_score_error': largest, 'mean_score_error': float(np.mean(errors)),
-              'label_mismatch': float(np.mean(mismatches))}
-    limit = MAX_SCORE_ERROR[card.precision] * span
-    if largest > limit or parity['label_mismatch'] > MAX_LABEL_MISMATCH[card.precision]:
-        raise UserError(
-            f'the exported graph does not agree with PyTorch: score error {largest:.2e} '
-            f'(limit {limit:.2e}), labels differ on {parity["label_mismatch"]:.2e} of the pixels '
-            f'(limit {MAX_LABEL_MISMATCH[card.precision]:.0e}). No file was written.')
-    return parity
+    model = ModelFile(Path('exported graph'), '', card, seal_model(graph, card))
+    with open_backend(model, 'cpu') as backend:
+        difference = compare((backend.run(x) for x in inputs), reference)
+    if card.precision in LIMITS:
+        difference.check(LIMITS[card.precision], 'the exported graph', 'float32 PyTorch')
+    return difference
 
 
 def check_frames(count: int = 4, size_hw: tuple[int, int] = (720, 1280)) -> Iterator[np.ndarray]:
@@ -190,29 +228,71 @@ def check_size(size_hw: tuple[int, int], network: LoadedNetwork) -> None:
                         f'got {size_hw[0]}x{size_hw[1]}; the nearest possible is {near}')
 
 
+def threshold_and_range(threshold: float | None, score_range: tuple[float, float] | None,
+                        reference: Sequence[NetworkOutput]) -> dict[str, Any]:
+    """Return what is given, else the 99th percentile and the 1 % to 99.9 % range of the score."""
+    scores = np.concatenate([output.anomaly.ravel() for output in reference])
+    low, middle, high = (float(v) for v in np.quantile(scores, (0.01, 0.99, 0.999)))
+    source = 'given at export'
+    if threshold is None:
+        threshold = middle
+        source = ("provisional: 99th percentile of the score over the export's check frames; "
+                  'run "anomaly-seg calibrate" with frames of your camera')
+    if score_range is not None:
+        low, high = score_range
+    elif not high - low > 1e-6:
+        low, high = threshold - 1.0, threshold + 1.0
+    return {'threshold': threshold, 'threshold_source': source, 'score_range': (low, high)}
+
+
+def _check_request(request: ExportRequest, frames: Iterable[np.ndarray] | None,
+                   gate: 'Sequence[Frame] | None') -> None:
+    if request.precision not in ('fp32', 'fp16', 'int8'):
+        raise UserError(f'unknown precision {request.precision!r}; choose one of fp32, fp16, int8')
+    if request.input_variant not in ('host', 'device'):
+        raise UserError(f'unknown input variant {request.input_variant!r}; choose host or device')
+    if request.input_variant == 'device':
+        if request.frame_size_hw is None:
+            raise UserError('a device graph is made for one camera: give --frame-size HxW')
+        if request.precision == 'int8':
+            raise UserError('int8 is made as a host graph only; choose --input-variant host')
+    if request.precision == 'int8' and (frames is None or not gate):
+        raise UserError('int8 is calibrated on frames of your camera and kept only if the metrics '
+                        'hold: give --frames (a folder or a bag) and --dataset with --root')
+    try:
+        score_function(request.score)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_float16(network: LoadedNetwork, card: ModelCard, inputs: Sequence[np.ndarray],
+                   reference: Sequence[NetworkOutput]) -> dict[str, Any]:
+    """Compare torch's own float16 with float32; ONNX Runtime's CPU computes it in float32."""
+    import torch
+
+    module = build_module(network, replace(card, precision='fp16'))
+    largest = check_half(module, [torch.from_numpy(x) for x in inputs])
+    difference = compare(run_torch(module, inputs), reference)
+    difference.check(LIMITS['fp16'], 'float16 PyTorch', 'float32 PyTorch')
+    return {'backend': 'torch cpu float16', 'largest_activation': largest, **difference.as_card()}
+
+
 def _draft_card(request: ExportRequest, network: LoadedNetwork) -> ModelCard:
+    device = request.input_variant == 'device'
+    frame_size_hw = request.frame_size_hw if device else None
     return ModelCard(
         name=request.name or f'{network.name}_{request.score}',
         network=network.name, classes=network.classes, palette=network.palette,
         drivable=network.drivable, input_size_hw=request.input_size_hw,
-        output_size_hw=request.input_size_hw, score=request.score, threshold=0.0,
-        threshold_source='', score_range=(0.0, 1.0), void_index=network.void_index,
-        channel_order=network.channel_order, mean=network.mean, std=network.std,
-        temperature=request.temperature, precision=request.precision,
+        output_size_hw=frame_size_hw or request.input_size_hw,
+        input_variant=request.input_variant, frame_size_hw=frame_size_hw,
+        frame_channel_order=request.frame_channel_order if device else 'rgb',
+        score=request.score, threshold=0.0, threshold_source='', score_range=(0.0, 1.0),
+        void_index=network.void_index, channel_order=network.channel_order, mean=network.mean,
+        std=network.std, temperature=request.temperature, precision=request.precision,
         weights_source=network.weights_source, weights_sha256=network.weights_sha256,
         licence=network.licence)
 
 
-def _threshold_and_range(request: ExportRequest, scores: np.ndarray) -> dict[str, Any]:
-    """Take what the request gives, else the 99th percentile and the 1 % to 99.9 % range."""
-    low, middle, high = (float(v) for v in np.quantile(scores, (0.01, 0.99, 0.999)))
-    threshold, source = request.threshold, 'given at export'
-    if threshold is None:
-        threshold = middle
-        source = ('provisional: 99th percentile of the score over the export\'s check frames; '
-                  'run "anomaly-seg calibrate" with frames of your camera')
-    if request.score_range is not None:
-        low, high = request.score_range
-    elif not high - low > 1e-6:
-        low, high = threshold - 1.0, threshold + 1.0
-    return {'threshold': threshold, 'threshold_source': source, 'score_range': (low, high)}
+def _resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    return image if image.shape[:2] == size_hw else cv2.resize(image, size_hw[::-1])

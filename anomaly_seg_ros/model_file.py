@@ -54,8 +54,9 @@ class ModelCard:
     input_variant
         ``host``: float32 (1, 3, h, w), normalised outside. ``device``: uint8 (H, W, 3) frame of
         ``frame_size_hw``, everything else inside the graph.
-    frame_size_hw
-        Camera frame size that a ``device`` graph is made for.
+    frame_size_hw, frame_channel_order
+        Camera frame size, and order of its channels (``rgb`` or ``bgr``), that a ``device`` graph
+        is made for.
     channel_order
         ``rgb`` or ``bgr``, the order in which the network wants its channels.
     mean, std
@@ -94,6 +95,7 @@ class ModelCard:
     void_index: int | None = None
     input_variant: str = 'host'
     frame_size_hw: tuple[int, int] | None = None
+    frame_channel_order: str = 'rgb'
     channel_order: str = 'rgb'
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -130,10 +132,13 @@ class ModelCard:
         if self.input_variant not in INPUT_VARIANTS:
             raise ValueError(f'input_variant must be one of {INPUT_VARIANTS}, '
                              f'got {self.input_variant!r}')
-        if self.input_variant == 'device' and self.frame_size_hw is None:
-            raise ValueError('a device graph needs frame_size_hw')
-        if self.channel_order not in ('rgb', 'bgr'):
-            raise ValueError(f'channel_order must be rgb or bgr, got {self.channel_order!r}')
+        if self.input_variant == 'device' and (
+                self.frame_size_hw is None or self.frame_size_hw != self.output_size_hw):
+            raise ValueError('a device graph needs frame_size_hw, equal to output_size_hw, got '
+                             f'{self.frame_size_hw} and {self.output_size_hw}')
+        for name in ('channel_order', 'frame_channel_order'):
+            if getattr(self, name) not in ('rgb', 'bgr'):
+                raise ValueError(f'{name} must be rgb or bgr, got {getattr(self, name)!r}')
         if len(self.mean) != 3 or len(self.std) != 3 or not all(v > 0 for v in self.std):
             raise ValueError(f'mean and std must be 3 values, std positive, '
                              f'got {self.mean} and {self.std}')

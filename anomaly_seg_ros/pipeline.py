@@ -77,10 +77,12 @@ class Pipeline:
         self.card = backend.card
         self.settings = settings or ObstacleSettings(self.card.threshold)
         self._backend = backend
-        self._preprocess = Preprocessor(self.card) if self.card.input_variant == 'host' else None
+        self._preprocess = (Preprocessor(self.card, out=backend.input_buffer)
+                            if self.card.input_variant == 'host' else None)
         self._labels = np.empty((0, 0), np.uint8)
         self._anomaly = np.empty((0, 0), np.float32)
         self._mask = np.empty((0, 0), np.uint8)
+        self._swapped = np.empty((0, 0, 3), np.uint8)
 
     def __call__(self, image: np.ndarray, channel_order: str = 'rgb') -> Detection:
         """
@@ -105,7 +107,7 @@ class Pipeline:
         clock = [time.perf_counter()]
 
         if self._preprocess is None:
-            network_input = image if channel_order == 'rgb' else image[..., ::-1]
+            network_input = self._whole_frame(image, channel_order)
         else:
             network_input = self._preprocess(image, channel_order)
         clock.append(time.perf_counter())
@@ -134,16 +136,46 @@ class Pipeline:
         for _ in range(runs):
             self(frame)
 
+    def _whole_frame(self, image: np.ndarray, channel_order: str) -> np.ndarray:
+        """Return what a ``device`` graph takes: the frame itself, in the order it was made for."""
+        if image.shape[:2] != self.card.frame_size_hw:
+            height, width = self.card.frame_size_hw or (0, 0)
+            raise ValueError(f'this model was exported for camera frames of {height}x{width}, got '
+                             f'{image.shape[0]}x{image.shape[1]}; export it with that '
+                             '--frame-size, or as a host model, which takes any size')
+        if channel_order == self.card.frame_channel_order:
+            return image
+        if self._swapped.shape != image.shape:
+            self._swapped = np.empty(image.shape, np.uint8)
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=self._swapped)
+
     def _to_camera_size(self, labels: np.ndarray, anomaly: np.ndarray,
                         size_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Resize labels (nearest) and score (bilinear), both with half-pixel centres."""
         if self._mask.shape != size_hw:
             self._labels = np.empty(size_hw, np.uint8)
             self._anomaly = np.empty(size_hw, np.float32)
             self._mask = np.empty(size_hw, np.uint8)
-        if labels.shape == size_hw:
-            return labels, anomaly
-        size_wh = size_hw[::-1]
-        return (cv2.resize(labels, size_wh, dst=self._labels,
-                           interpolation=cv2.INTER_NEAREST_EXACT),
-                cv2.resize(anomaly, size_wh, dst=self._anomaly, interpolation=cv2.INTER_LINEAR))
+        return resize_output(labels, anomaly, size_hw, self._labels, self._anomaly)
+
+
+def resize_output(labels: np.ndarray, anomaly: np.ndarray, size_hw: tuple[int, int],
+                  labels_out: np.ndarray | None = None, anomaly_out: np.ndarray | None = None
+                  ) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Resize labels (nearest) and score (bilinear), both with half-pixel centres.
+
+    Parameters
+    ----------
+    labels, anomaly
+        uint8 and float32 (h, w); returned as they are where they have the size already.
+    size_hw
+        Height and width wanted.
+    labels_out, anomaly_out
+        Arrays of that size to write into.
+
+    """
+    if labels.shape == size_hw:
+        return labels, anomaly
+    size_wh = size_hw[::-1]
+    return (cv2.resize(labels, size_wh, dst=labels_out, interpolation=cv2.INTER_NEAREST_EXACT),
+            cv2.resize(anomaly, size_wh, dst=anomaly_out, interpolation=cv2.INTER_LINEAR))

@@ -17,14 +17,14 @@ class Preprocessor:
     pixels.
     """
 
-    def __init__(self, card: ModelCard) -> None:
-        """Take size, channel order, mean and std from ``card``."""
+    def __init__(self, card: ModelCard, out: np.ndarray | None = None) -> None:
+        """Take size, channel order, mean and std from ``card``; write into ``out`` if given."""
         height, width = card.input_size_hw
         self._size_wh = (width, height)
         self._channel_order = card.channel_order
         self._resized = np.empty((height, width, 3), np.uint8)
         self._plane = np.empty((height, width), np.uint8)
-        self._input = np.empty((1, 3, height, width), np.float32)
+        self._input = np.empty((1, 3, height, width), np.float32) if out is None else out
         # (v / 255 - mean) / std has 256 possible values a channel.
         values = np.arange(256) / 255.0
         self._tables = [((values - mean) / std).astype(np.float32)

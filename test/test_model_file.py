@@ -154,6 +154,7 @@ def _write_with_card(path: Path, text: str) -> None:
     ({'output_size_hw': [4.5, 4]}, 'output_size_hw'),
     ({'input_variant': 'gpu'}, 'input_variant'),
     ({'input_variant': 'device'}, 'frame_size_hw'),
+    ({'frame_channel_order': 'gbr'}, 'frame_channel_order'),
     ({'channel_order': 'grb'}, 'channel_order'),
     ({'std': [1, 1, 0]}, 'std positive'),
     ({'precision': 'fp8'}, 'precision'),
@@ -190,7 +191,7 @@ def test_a_card_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('change', [
     {'input_size_hw': (24, 48)}, {'output_size_hw': (48, 80)},
-    {'input_variant': 'device', 'frame_size_hw': (48, 80)}])
+    {'input_variant': 'device', 'frame_size_hw': (48, 80), 'output_size_hw': (48, 80)}])
 def test_a_card_that_disagrees_with_its_graph_is_refused(change: dict[str, Any],
                                                          tmp_path: Path) -> None:
     """The backend compares them and says what each promises."""

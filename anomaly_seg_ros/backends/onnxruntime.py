@@ -1,109 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime."""
+"""ONNX Runtime on the CPU, and what its other execution providers share with it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 import os
-from types import TracebackType
+from typing import Any
 
-import numpy as np
-
-from anomaly_seg_ros.backends import NetworkOutput
+from anomaly_seg_ros.backends.base import Backend
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import ModelFile
+from anomaly_seg_ros.ports import (
+    check_input, check_ports, input_port, NetworkOutput, output_ports, Port)
+import numpy as np
 
-_PROVIDERS = {'cpu': 'CPUExecutionProvider'}
+_DTYPES = {'tensor(float)': 'float32', 'tensor(float16)': 'float16', 'tensor(uint8)': 'uint8',
+           'tensor(int64)': 'int64', 'tensor(int32)': 'int32', 'tensor(double)': 'float64'}
 
 
-class OnnxRuntimeBackend:
-    """A session of ONNX Runtime on one execution provider.
+class OnnxRuntimeCpu(Backend):
+    """ONNX Runtime's own CPU kernels. Outputs are written into the same arrays at every call."""
 
-    Attributes
-    ----------
-    name
-        ``cpu``.
-    card
-        The model's card.
+    name = 'cpu'
 
-    """
+    @classmethod
+    def unavailable(cls, model: ModelFile) -> str | None:
+        """Tell whether onnxruntime is installed."""
+        return None if find_spec('onnxruntime') else 'onnxruntime is not installed'
 
-    def __init__(self, model: ModelFile, provider: str = 'cpu', threads: int = 0,
-                 spinning: bool = False) -> None:
-        """Open ``model``.
+    def __init__(self, model: ModelFile, threads: int = 0, spinning: bool = False) -> None:
+        """
+        Open ``model``.
 
         Parameters
         ----------
         model
             A model file; its bytes are used, not what now lies at its path.
-        provider
-            Which execution provider: ``cpu``.
         threads
             Intra-op threads; 0 takes as many as this process may use cores.
         spinning
             Let idle worker threads spin. A little faster alone, much slower beside others.
 
         """
-        import onnxruntime
-
-        self.name = provider
         self.card = model.card
         self._threads = threads or len(os.sched_getaffinity(0))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options = session_options(self._threads)
         options.add_session_config_entry('session.intra_op.allow_spinning', str(int(spinning)))
-        options.log_severity_level = 3
-        wanted = _PROVIDERS[provider]
-        try:
-            session = onnxruntime.InferenceSession(model.data, options, providers=[wanted])
-        except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise UserError(f'{model.path}: ONNX Runtime {onnxruntime.__version__} cannot open '
-                            f'it: {error}. Export the model again with this version.') from error
-        if session.get_providers()[0] != wanted:
-            raise UserError(f'{model.path}: asked for {wanted}, ONNX Runtime fell back to '
-                            f'{session.get_providers()}. Install the matching onnxruntime.')
-        self._session = session
-        self._version = onnxruntime.__version__
-        check_graph(model, [(x.name, x.type, x.shape) for x in session.get_inputs()],
-                    [(x.name, x.type, x.shape) for x in session.get_outputs()])
+        self._session = open_session(model, options, [('CPUExecutionProvider', {})])
+        self._input = input_port(model.card)
+        self._binding = self._session.io_binding()
+        self._outputs = []
+        for port in output_ports(model.card):
+            array = port.empty()
+            self._binding.bind_output(port.name, 'cpu', 0, array.dtype, array.shape,
+                                      array.ctypes.data)
+            self._outputs.append(array)
 
     def run(self, network_input: np.ndarray) -> NetworkOutput:
-        """Run one frame: float32 (1, 3, h, w)."""
-        labels, anomaly = self._session.run(['labels', 'anomaly'], {'image': network_input})
+        """Run one frame; the arrays returned are overwritten by the next call."""
+        check_input(network_input, self._input)
+        self._binding.bind_cpu_input('image', np.ascontiguousarray(network_input))
+        self._session.run_with_iobinding(self._binding)
+        labels, anomaly = self._outputs
         return NetworkOutput(labels[0], anomaly[0])
 
     def describe(self) -> Mapping[str, str]:
         """Tell library, version, provider and threads."""
-        return {'backend': f'onnxruntime {self.name}', 'version': self._version,
+        import onnxruntime
+
+        return {'backend': 'onnxruntime cpu', 'version': onnxruntime.__version__,
                 'provider': self._session.get_providers()[0], 'threads': str(self._threads)}
 
     def close(self) -> None:
         """Free the session; the backend cannot run afterwards."""
-        self._session = None
-
-    def __enter__(self) -> 'OnnxRuntimeBackend':
-        """Return the backend itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        """Close."""
-        self.close()
+        self._binding = self._session = None
 
 
-def check_graph(model: ModelFile, inputs: list[tuple[str, str, list[object]]],
-                outputs: list[tuple[str, str, list[object]]]) -> None:
-    """Raise UserError unless the graph's inputs and outputs are those that the card promises."""
-    card = model.card
-    if card.input_variant == 'host':
-        image = ('image', 'tensor(float)', [1, 3, *card.input_size_hw])
-    else:
-        frame_hw = card.frame_size_hw or ()
-        image = ('image', 'tensor(uint8)', [*frame_hw, 3])
-    expected = {'inputs': [image],
-                'outputs': [('labels', 'tensor(uint8)', [1, *card.output_size_hw]),
-                            ('anomaly', 'tensor(float)', [1, *card.output_size_hw])]}
-    for what, got in (('inputs', inputs), ('outputs', outputs)):
-        if sorted(map(str, got)) != sorted(map(str, expected[what])):
-            raise UserError(f'{model.path}: card and graph disagree: by the card the {what} are '
-                            f'{expected[what]}, in the graph {got}. Export the model again.')
+def session_options(threads: int) -> Any:
+    """Return session options with full graph optimisation and quiet logs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    return options
+
+
+def open_session(model: ModelFile, options: Any,
+                 providers: Sequence[tuple[str, Mapping[str, str]]]) -> Any:
+    """
+    Return an InferenceSession whose every node runs on the providers asked for.
+
+    Raises
+    ------
+    UserError
+        If a provider is not in this build of onnxruntime or could not be loaded, if it left nodes
+        to the CPU, or if graph and card disagree.
+
+    """
+    import onnxruntime
+
+    version = onnxruntime.__version__
+    wanted = providers[0][0]
+    have = onnxruntime.get_available_providers()
+    if wanted not in have:
+        raise UserError(f'onnxruntime {version} has no {wanted}, only {", ".join(have)}. Install '
+                        'the matching one: pip install onnxruntime-gpu (and uninstall '
+                        'onnxruntime), or choose --backend cpu.')
+    if wanted != 'CPUExecutionProvider':
+        # Without this, operators that the provider lacks run on the CPU in silence.
+        options.add_session_config_entry('session.disable_cpu_ep_fallback', '1')
+    try:
+        session = onnxruntime.InferenceSession(model.data, options, providers=list(providers))
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        text = ' '.join(str(error).split())
+        if 'CPU EP' in text and wanted != 'CPUExecutionProvider':
+            raise UserError(f'{model.path}: {wanted} cannot run every operator of this graph, and '
+                            'running the rest on the CPU was not asked for. Choose --backend '
+                            f'cpu, or export the model again. onnxruntime says: {text}') \
+                from error
+        raise UserError(f'{model.path}: onnxruntime {version} cannot open it on {wanted}: {text}. '
+                        'Export the model again with this version, or choose --backend '
+                        'cpu.') from error
+    session.disable_fallback()
+    if session.get_providers()[0] != wanted:
+        raise UserError(f'{model.path}: asked for {wanted}, onnxruntime fell back to '
+                        f'{", ".join(session.get_providers())}: the libraries of {wanted} could '
+                        'not be loaded. Install the CUDA, cuDNN and TensorRT versions that '
+                        f'onnxruntime {version} was built for.')
+    check_ports(model, *([Port(x.name, _DTYPES.get(x.type, x.type), tuple(x.shape)) for x in ports]
+                         for ports in (session.get_inputs(), session.get_outputs())))
+    return session

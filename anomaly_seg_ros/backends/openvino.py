@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenVINO: on recent Intel CPUs the fastest, and the lightest on the CPU."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+import os
+from typing import Any
+
+from anomaly_seg_ros.backends.base import Backend
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_file import ModelFile
+from anomaly_seg_ros.ports import (
+    check_input, check_ports, input_port, NetworkOutput, output_ports, Port)
+import numpy as np
+
+PRECISIONS = ('f32', 'speed')
+_DTYPES = {'f32': 'float32', 'f16': 'float16', 'u8': 'uint8', 'i64': 'int64', 'i32': 'int32'}
+
+
+class OpenvinoBackend(Backend):
+    """
+    A model compiled by OpenVINO.
+
+    OpenVINO computes in bfloat16 on CPUs that can, whatever the model says. ``precision='f32'``,
+    the default here, forbids that, so that the numbers are the model's; ``'speed'`` allows it.
+    """
+
+    name = 'openvino'
+
+    @classmethod
+    def unavailable(cls, model: ModelFile) -> str | None:
+        """Tell whether openvino is installed."""
+        return None if find_spec('openvino') else 'openvino is not installed'
+
+    def __init__(self, model: ModelFile, threads: int = 0, precision: str = 'f32',
+                 device: str = 'CPU') -> None:
+        """
+        Compile ``model``.
+
+        Parameters
+        ----------
+        model
+            A model file; its bytes are used, not what now lies at its path.
+        threads
+            CPU threads; 0 takes as many as this process may use cores.
+        precision
+            ``f32``: float32 arithmetic. ``speed``: OpenVINO's own choice.
+        device
+            ``CPU``, ``GPU`` or another device name of OpenVINO.
+
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f'precision must be one of {PRECISIONS}, got {precision!r}')
+        reason = self.unavailable(model)
+        if reason is not None:
+            raise UserError(f'backend openvino: {reason}. Install the extra "openvino", or choose '
+                            '--backend cpu.')
+        import openvino
+
+        self.card = model.card
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._version = openvino.__version__
+        config: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY'}
+        if device == 'CPU':
+            config['INFERENCE_NUM_THREADS'] = self._threads
+        if precision == 'f32':
+            config['INFERENCE_PRECISION_HINT'] = 'f32'
+        try:
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(model.data), device, config)
+        except RuntimeError as error:
+            raise UserError(f'{model.path}: OpenVINO {self._version} cannot compile it for '
+                            f'{device}: {" ".join(str(error).split())}. Choose another device, or '
+                            '--backend cpu.') from error
+        self._devices = ', '.join(compiled.get_property('EXECUTION_DEVICES'))
+        if device not in ('AUTO', self._devices):
+            raise UserError(f'{model.path}: asked for OpenVINO on {device}, it chose '
+                            f'{self._devices}. Install the driver of {device}.')
+        self._precision = str(compiled.get_property('INFERENCE_PRECISION_HINT').to_string())
+        check_ports(model, *([Port(x.get_any_name(), _DTYPES.get(x.get_element_type().to_string(),
+                                                                 str(x.get_element_type())),
+                                   tuple(x.get_shape())) for x in ports]
+                             for ports in (compiled.inputs, compiled.outputs)))
+        self._input = input_port(model.card)
+        self._request = compiled.create_infer_request()
+        self._outputs = [port.empty() for port in output_ports(model.card)]
+        for port, array in zip(output_ports(model.card), self._outputs, strict=True):
+            self._request.set_tensor(port.name, openvino.Tensor(array, shared_memory=True))
+        self._tensor = openvino.Tensor
+
+    def run(self, network_input: np.ndarray) -> NetworkOutput:
+        """Run one frame; the arrays returned are overwritten by the next call."""
+        check_input(network_input, self._input)
+        self._request.set_tensor('image', self._tensor(np.ascontiguousarray(network_input),
+                                                       shared_memory=True))
+        self._request.infer()
+        labels, anomaly = self._outputs
+        return NetworkOutput(labels[0], anomaly[0])
+
+    def describe(self) -> Mapping[str, str]:
+        """Tell library, version, device, arithmetic and threads."""
+        return {'backend': 'openvino', 'version': self._version, 'device': self._devices,
+                'arithmetic': self._precision, 'threads': str(self._threads)}
+
+    def close(self) -> None:
+        """Free the compiled model; the backend cannot run afterwards."""
+        self._request = None

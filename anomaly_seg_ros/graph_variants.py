@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The same fused graph in other shapes: half-precision body, and the whole way on the device.
+
+``half_body`` keeps a network's inputs and outputs in float32 and computes everything between in
+float16. ``on_device`` puts resizing, channel order, normalisation and upsampling into the graph,
+so that a GPU takes the camera's frame as it is and gives answers at its size.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, TYPE_CHECKING
+
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_file import ModelCard
+import cv2
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import nn, Tensor
+
+FLOAT16_MAX = 65504.0
+
+
+def half_body(module: 'nn.Module') -> 'nn.Module':
+    """Return a copy of ``module`` that computes in float16, with float32 inputs and outputs."""
+    import torch
+
+    class HalfBody(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = deepcopy(module).half()
+
+        def forward(self, image: 'Tensor') -> Any:
+            outputs = self.body(image.half())
+            if isinstance(outputs, tuple):
+                return tuple(output.float() for output in outputs)
+            return outputs.float()
+
+    return HalfBody().eval()
+
+
+def on_device(fused: 'nn.Module', card: ModelCard,
+              fused_output_hw: tuple[int, int]) -> 'nn.Module':
+    """
+    Wrap a fused graph so that it takes and answers camera frames.
+
+    Parameters
+    ----------
+    fused
+        float32 (1, 3, h, w) -> labels uint8 (1, h', w'), score float32 (1, h', w').
+    card
+        Of the ``device`` variant; its sizes, channel orders, mean and std are built in.
+    fused_output_hw
+        Height and width (h', w') of what ``fused`` gives.
+
+    Returns
+    -------
+    nn.Module
+        uint8 (H, W, 3) -> labels uint8 (1, H, W), score float32 (1, H, W). The network's input is
+        that of ``Preprocessor`` but for the rounding of float32.
+
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if card.frame_size_hw is None:
+        raise ValueError('the card of a device graph needs frame_size_hw')
+    frame_hw, input_hw = card.frame_size_hw, card.input_size_hw
+    swap = card.frame_channel_order != card.channel_order
+
+    class OnDevice(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.fused = fused
+            for axis, name in enumerate(('row', 'column')):
+                first, second, weight = bilinear_taps(frame_hw[axis], input_hw[axis])
+                self.register_buffer(f'{name}_0', torch.from_numpy(first))
+                self.register_buffer(f'{name}_1', torch.from_numpy(second))
+                self.register_buffer(f'{name}_weight', torch.from_numpy(weight))
+                self.register_buffer(f'label_{name}', torch.from_numpy(
+                    nearest_taps(fused_output_hw[axis], frame_hw[axis])))
+            self.register_buffer('reverse', torch.tensor([2, 1, 0]))
+            for name, values in (('offset', np.array(card.mean) * 255),
+                                 ('scale', 1 / (np.array(card.std) * 255))):
+                self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1))
+
+        def forward(self, image: 'Tensor') -> 'tuple[Tensor, Tensor]':
+            planes = image.float().permute(2, 0, 1)  # 3, H, W
+            if swap:
+                planes = planes.index_select(0, self.reverse)
+            if frame_hw != input_hw:
+                planes = self._blend(planes, 1, 'row')
+                planes = (self._blend(planes, 2, 'column') + 0.5).floor()
+            labels, anomaly = self.fused(((planes - self.offset) * self.scale)[None])
+            if fused_output_hw == frame_hw:
+                return labels, anomaly
+            labels = labels.index_select(1, self.label_row).index_select(2, self.label_column)
+            return labels, F.interpolate(anomaly[None], frame_hw, mode='bilinear')[0]
+
+        def _blend(self, planes: 'Tensor', axis: int, name: str) -> 'Tensor':
+            """Interpolate along one axis; exact in float32, as the weights are 8-bit fractions."""
+            weight = getattr(self, f'{name}_weight')
+            weight = weight[:, None] if axis == 1 else weight
+            first, second = (planes.index_select(axis, getattr(self, f'{name}_{i}'))
+                             for i in (0, 1))
+            return first * (1 - weight) + second * weight
+
+    return OnDevice().eval()
+
+
+def bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Return what OpenCV's bit-exact bilinear resize takes along an axis of ``old`` pixels.
+
+    Returns
+    -------
+    first, second, weight
+        int64 (new,) indices of the two pixels, and float32 (new,) weight of the second in steps
+        of 1/256. Blended along both axes and rounded half up they give INTER_LINEAR_EXACT to the
+        bit (OpenCV's ``resize_bitExact``: 8.8 fixed-point coefficients).
+
+    """
+    scale = 1 / (new / old)
+    place = (np.arange(new) + 0.5) * scale - 0.5
+    floor = np.floor(place)
+    weight = np.rint((place - floor) * 256) / 256
+    weight[(floor < 0) | (floor >= old - 1)] = 0
+    first = np.clip(floor, 0, old - 1).astype(np.int64)
+    return first, np.minimum(first + 1, old - 1), weight.astype(np.float32)
+
+
+def nearest_taps(old: int, new: int) -> np.ndarray:
+    """Return the int64 (new,) indices that OpenCV's INTER_NEAREST_EXACT takes."""
+    index = np.arange(old, dtype=np.float32)[None]
+    return cv2.resize(index, (new, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].astype(np.int64)
+
+
+def check_half(module: 'nn.Module', inputs: Sequence['Tensor']) -> float:
+    """
+    Run a module with a float16 body and find overflow.
+
+    Returns the largest finite magnitude that any layer gave, of which float16 holds 65504.
+
+    Raises
+    ------
+    UserError
+        If a layer gives infinity or NaN; names the first one.
+
+    """
+    import torch
+
+    largest = 0.0
+    bad: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_layer: 'nn.Module', _inputs: Any, outputs: Any) -> None:
+            nonlocal largest
+            for output in outputs if isinstance(outputs, tuple) else (outputs,):
+                if isinstance(output, torch.Tensor) and output.is_floating_point():
+                    peak = float(output.abs().amax())
+                    if np.isfinite(peak):
+                        largest = max(largest, peak)
+                    elif not bad:
+                        bad.append(name)
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in module.named_modules()
+               if name]
+    try:
+        with torch.inference_mode():
+            for network_input in inputs:
+                module(network_input)
+                if bad:
+                    raise UserError(
+                        f'float16 overflows: layer {bad[0]!r} gives infinity or NaN on a check '
+                        f'frame (float16 ends at {FLOAT16_MAX:.0f}). Export with --precision '
+                        'fp32, or use weights with smaller activations. No file was written.')
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Static int8 quantisation of an exported graph, kept only if the metrics hold.
+
+Weights and activations of the convolutions become int8 between QuantizeLinear and
+DequantizeLinear nodes (QDQ), which ONNX Runtime, OpenVINO and TensorRT all understand. The ranges
+of the activations are measured on frames of the user's camera.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+import tempfile
+from typing import Any, TYPE_CHECKING
+
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.metrics.pixel import PixelCurve, split_scores
+from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
+from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
+from anomaly_seg_ros.preprocess import Preprocessor
+import numpy as np
+
+if TYPE_CHECKING:
+    from anomaly_seg_ros.datasets.frame import Frame
+
+# Transposed convolutions stay in float: ONNX Runtime has no int8 kernel for them, and the last one
+# makes the logits, whose digits are the anomaly score.
+QUANTISED = ('Conv', 'Add', 'MaxPool', 'Concat')
+__all__ = ['check_drop', 'quantize']
+
+
+def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray]) -> bytes:
+    """
+    Return the int8 version of a float32 ``host`` graph.
+
+    Parameters
+    ----------
+    graph
+        Serialised ONNX model.
+    card
+        Its card; tells how frames become inputs.
+    frames
+        Images uint8 (H, W, 3), RGB, that show what the camera sees.
+
+    """
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    preprocess = Preprocessor(card)
+
+    class Frames(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = iter(frames)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            frame = next(self.left, None)
+            return None if frame is None else {'image': preprocess(frame).copy()}
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / 'float.onnx').write_bytes(graph)
+        # Folds batch normalisation into the convolutions, which otherwise keeps them in float.
+        quant_pre_process(folder / 'float.onnx', folder / 'folded.onnx', skip_symbolic_shape=True)
+        quantization.quantize_static(
+            folder / 'folded.onnx', folder / 'int8.onnx', Frames(),
+            quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8, op_types_to_quantize=list(QUANTISED),
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+            # Zero points of 0 are what TensorRT takes.
+            extra_options={'ActivationSymmetric': True, 'WeightSymmetric': True})
+        return (folder / 'int8.onnx').read_bytes()
+
+
+def check_drop(reference: bytes, graph: bytes, card: ModelCard, dataset: 'Sequence[Frame]',
+               maximum_drop: float) -> dict[str, Any]:
+    """
+    Return average precision and mean IoU of both graphs on a data set, for the card.
+
+    Raises
+    ------
+    UserError
+        If one of them falls by more than ``maximum_drop``, or the data set has neither anomaly
+        masks nor labels.
+
+    """
+    before, after = (_metrics(ModelFile(Path(name), '', card, seal_model(data, card)), dataset)
+                     for name, data in (('float32 graph', reference), ('int8 graph', graph)))
+    if not before:
+        raise UserError('the data set of the int8 gate has neither anomaly masks nor labels; give '
+                        'one with ground truth')
+    drop = {name: before[name] - after[name] for name in before}
+    if any(value > maximum_drop for value in drop.values()):
+        figures = ', '.join(f'{name} {before[name]:.4f} -> {after[name]:.4f}' for name in before)
+        raise UserError(f'int8 costs too much: {figures} (at most {maximum_drop:g} is allowed). '
+                        'Calibrate on more and more varied frames, raise --maximum-drop, or use '
+                        'fp16. No file was written.')
+    return {'dataset': getattr(dataset, 'name', ''), 'frames': len(dataset), 'float32': before,
+            'int8': after, 'maximum_drop': maximum_drop}
+
+
+def _metrics(model: ModelFile, dataset: 'Sequence[Frame]') -> dict[str, float]:
+    """Return what of average_precision and miou the data set's ground truth allows."""
+    from anomaly_seg_ros.backends import open_backend
+    from anomaly_seg_ros.pipeline import Pipeline
+
+    positives, negatives = [], []
+    confusion = ConfusionMatrix(model.card.classes)
+    labelled = False
+    with open_backend(model, 'cpu') as backend:
+        pipeline = Pipeline(backend)
+        for frame in _frames(dataset):
+            detection = pipeline(frame.image_rgb)
+            if frame.anomaly_mask is not None:
+                split = split_scores(detection.anomaly, frame.anomaly_mask, frame.frame_id)
+                positives.append(split.positives)
+                negatives.append(split.negatives)
+            if frame.labels is not None:
+                labelled = True
+                confusion.update(detection.labels, frame.labels, frame.frame_id)
+    metrics: dict[str, float] = {}
+    if positives:
+        curve = PixelCurve.of(np.concatenate(positives), np.concatenate(negatives))
+        if curve.undefined is None:
+            metrics['average_precision'] = curve.average_precision()
+    if labelled:
+        miou = confusion.result().miou
+        if miou is not None:
+            metrics['miou'] = miou
+    return metrics
+
+
+def _frames(dataset: 'Sequence[Frame]') -> 'Iterator[Frame]':
+    return (dataset[index] for index in range(len(dataset)))
