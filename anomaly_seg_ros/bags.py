@@ -21,14 +21,6 @@ import tempfile
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
-import cv2
-import numpy as np
-from rosbags.interfaces import (
-    Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime)
-from rosbags.rosbag2 import Reader, StoragePlugin, Writer
-from rosbags.typesys import get_typestore, Stores
-from rosbags.typesys.store import Typestore
-
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
 from anomaly_seg_ros.datasets.reading import codes_in
@@ -36,6 +28,13 @@ from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.images import (
     BadImage, decode_compressed, DecodedImage, image_from_message, mask_from_message)
+import cv2
+import numpy as np
+from rosbags.interfaces import (
+    Connection, Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime)
+from rosbags.rosbag2 import Reader, StoragePlugin, Writer
+from rosbags.typesys import get_typestore, Stores
+from rosbags.typesys.store import Typestore
 
 __all__ = [
     'BagFrame', 'BagReader', 'BagSummary', 'FRAME_TOPIC', 'GROUND_TRUTH_TOPIC', 'ImageFolder',

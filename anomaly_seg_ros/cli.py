@@ -3,19 +3,22 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+import inspect as signatures
 import json
 import logging
+import math
+import os
 from pathlib import Path
 import sys
 from typing import Any
 
+from anomaly_seg_ros import __version__
+from anomaly_seg_ros.errors import UserError
 import click
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
-
-from anomaly_seg_ros import __version__
-from anomaly_seg_ros.errors import UserError
 
 CONSOLE = Console(stderr=True)
 OUT = Console()
@@ -42,6 +45,35 @@ class SizeType(click.ParamType):
         return height, width
 
 
+class FiniteFloat(click.ParamType):
+    """A number; not NaN, not infinite."""
+
+    name = 'NUMBER'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a float."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f'{value!r} is not a finite number', param, ctx)
+        return number
+
+
+class DatasetName(click.ParamType):
+    """A key of ``DATASETS``, imported only when one is given."""
+
+    name = 'NAME'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name; wrong usage lists the choices."""
+        from anomaly_seg_ros.datasets import DATASETS
+        if value not in DATASETS:
+            self.fail(f'no data set {value!r}; choose one of {", ".join(DATASETS)}', param, ctx)
+        return value
+
+
 def obstacle_options(function: _Command) -> _Command:
     """Add the options that turn scores into obstacles."""
     for option in (
@@ -52,7 +84,7 @@ def obstacle_options(function: _Command) -> _Command:
             click.option('--minimum-area', 'minimum_area_px', type=click.IntRange(1), default=50,
                          show_default=True, metavar='PIXELS',
                          help='Drop components of fewer camera pixels.'),
-            click.option('--threshold', type=float,
+            click.option('--threshold', type=FiniteFloat(),
                          help='Anomalous when score >= this. Default: that of the card.')):
         function = option(function)
     return function
@@ -65,6 +97,18 @@ def backend_options(function: _Command) -> _Command:
                          help='Threads of the network; 0 takes every core allowed.'),
             click.option('--backend', default='cpu', show_default=True,
                          help='cpu, cuda, tensorrt, openvino, ... or auto.')):
+        function = option(function)
+    return function
+
+
+def metrics_options(function: _Command) -> _Command:
+    """Add the options that say where the metrics are computed."""
+    for option in (
+            click.option('--ray', metavar='ADDRESS',
+                         help='Compute the metrics on this Ray cluster instead: auto, local, '
+                              'ray://HOST:10001. Its machines must see the same folders.'),
+            click.option('--workers', type=click.IntRange(1), default=1, show_default=True,
+                         help='Processes that compute the metrics.')):
         function = option(function)
     return function
 
@@ -107,7 +151,7 @@ def demo(output: Path, frames: int, seed: int, model: Path | None) -> None:
               show_default=True, help='Arithmetic inside the network.')
 @click.option('--temperature', type=click.FloatRange(0, min_open=True), default=1.0,
               show_default=True, help='Divides the logits before the score.')
-@click.option('--threshold', type=float,
+@click.option('--threshold', type=FiniteFloat(),
               help='Decision threshold for the card. Default: provisional, from the frames.')
 @click.option('--frames', type=click.Path(exists=True, file_okay=False, path_type=Path),
               help='Folder of images to check the export on. Default: synthetic frames.')
@@ -161,7 +205,8 @@ def inspect(model: Path, as_json: bool) -> None:
 
 @cli.command('evaluate')
 @click.argument('model', type=_FILE)
-@click.option('--dataset', required=True, help='Name of the data set; "list" shows them.')
+@click.option('--dataset', type=DatasetName(), required=True,
+              help='Name of the data set; "anomaly-seg datasets" lists them.')
 @click.option('--root', type=_FILE, required=True, help='Its folder.')
 @click.option('--output', type=_FILE, required=True, help='Folder for the results.')
 @click.option('--split', help='Split of the data set. Default: the first that is there.')
@@ -172,26 +217,26 @@ def inspect(model: Path, as_json: bool) -> None:
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
 @click.option('--save-scores', is_flag=True, help='Keep score maps and masks as .npy.')
 @click.option('--keep-going', is_flag=True, help='Leave out bad frames and report the rest.')
-@click.option('--workers', type=click.IntRange(1), default=1, show_default=True,
-              help='Processes that compute the metrics.')
+@metrics_options
 @backend_options
 @obstacle_options
 def evaluate_command(model: Path, dataset: str, root: Path, output: Path, split: str | None,
                      options: tuple[str, ...], track: str | None, limit: int | None,
-                     save_scores: bool, keep_going: bool, workers: int, backend: str,
-                     threads: int, threshold: float | None, minimum_area_px: int,
+                     save_scores: bool, keep_going: bool, workers: int, ray: str | None,
+                     backend: str, threads: int, threshold: float | None, minimum_area_px: int,
                      region: str) -> None:
     """Run MODEL over a benchmark: metrics.json, per_frame.csv, report.html."""
     from anomaly_seg_ros.evaluate import evaluate
-    source = dataset_source(dataset, root, split, options, keep_going=keep_going)
+    # What does not pair is listed together with what cannot be read; evaluate stops at either.
+    source = dataset_source(dataset, root, split, options, keep_going=True)
     settings = obstacle_settings(model, threshold, minimum_area_px, region)
     with progress_bar() as progress:
         metrics = evaluate(model, source, output, backend=backend, threads=threads,
                            settings=settings, limit=limit, save_scores=save_scores,
-                           keep_going=keep_going, track=track, workers=workers,
+                           keep_going=keep_going, track=track, workers=workers, ray=ray,
                            progress=progress)
     print_metrics(metrics)
-    OUT.print(f'\n{output / "metrics.json"}', highlight=False)
+    print_path(output / 'metrics.json')
 
 
 @cli.command('metrics')
@@ -200,11 +245,10 @@ def evaluate_command(model: Path, dataset: str, root: Path, output: Path, split:
 @click.option('--output', type=_FILE, required=True, help='Folder for the results.')
 @click.option('--track', type=click.Choice(['anomaly', 'obstacle']), default='anomaly',
               show_default=True, help='Sizes of the component metrics.')
-@click.option('--workers', type=click.IntRange(1), default=1, show_default=True,
-              help='Processes.')
+@metrics_options
 @click.option('--keep-going', is_flag=True, help='Leave out bad frames and report the rest.')
 def metrics_command(scores: Path, masks: Path, output: Path, track: str, workers: int,
-                    keep_going: bool) -> None:
+                    ray: str | None, keep_going: bool) -> None:
     """
     Compute the metrics of stored score maps.
 
@@ -214,13 +258,48 @@ def metrics_command(scores: Path, masks: Path, output: Path, track: str, workers
     from anomaly_seg_ros.evaluate import metrics_of_stored
     with progress_bar() as progress:
         metrics = metrics_of_stored(scores, masks, output, track=track, workers=workers,
-                                    keep_going=keep_going, progress=progress)
+                                    keep_going=keep_going, ray=ray, progress=progress)
     print_metrics(metrics)
-    OUT.print(f'\n{output / "metrics.json"}', highlight=False)
+    print_path(output / 'metrics.json')
+
+
+@cli.command('image-ood')
+@click.argument('in_run', type=_FILE)
+@click.argument('out_run', type=_FILE)
+@click.option('--output', type=_FILE, help='Write the figures to this JSON file, too.')
+def image_ood_command(in_run: Path, out_run: Path, output: Path | None) -> None:
+    """
+    Tell whole images of another domain: AUROC between two runs of one model.
+
+    IN_RUN and OUT_RUN are result folders of evaluate or replay on frames of the known and of the
+    other domain; every frame has one score, the mean, maximum or a quantile of its score map.
+    """
+    from anomaly_seg_ros.files import atomic_write_text
+    from anomaly_seg_ros.image_level import image_level
+    result = image_level(in_run, out_run)
+    if output is not None:
+        atomic_write_text(output, json.dumps(asdict(result), indent=1) + '\n')
+    table = Table(f'{result.score} of a frame', 'AUROC')
+    for name, auroc in result.auroc.items():
+        table.add_row(name.replace('_', ' '), 'n/a' if auroc is None else f'{auroc:.4f}')
+    OUT.print(table)
+    OUT.print(f'{result.in_domain_frames} frames of {in_run}, {result.out_of_domain_frames} of '
+              f'{out_run}', highlight=False, soft_wrap=True)
+
+
+@cli.command('datasets')
+def datasets_command() -> None:
+    """List the data sets, their splits and where they come from."""
+    from anomaly_seg_ros.datasets import DATASETS
+    table = Table('name', 'splits', 'from')
+    for name, adapter in DATASETS.items():
+        table.add_row(name, ', '.join(adapter.splits), adapter.source or 'you')
+    OUT.print(table)
 
 
 @cli.command('make-bag')
-@click.option('--dataset', help='Name of a data set.')
+@click.option('--dataset', type=DatasetName(),
+              help='Name of a data set; "anomaly-seg datasets" lists them.')
 @click.option('--root', type=_FILE, help='Folder of the data set.')
 @click.option('--split', help='Split of the data set. Default: the first that is there.')
 @click.option('--option', 'options', multiple=True, metavar='KEY=VALUE',
@@ -261,7 +340,9 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
     with CONSOLE.status(f'writing {output}'):
         summary = make_bag(source, output, rate_hz=rate_hz, storage=storage,
                            compressed=compressed, image_topic=image_topic, overwrite=overwrite)
-    OUT.print(f'{summary.path}: {summary}', highlight=False)
+    OUT.print(f'{summary.path}: {summary.frames} frames at {rate_hz or source.rate_hz or 10:g} Hz '
+              f'({summary.storage}), {summary.ground_truth} anomaly masks, {summary.labels} label '
+              f'images; topics {", ".join(summary.topics)}', highlight=False, soft_wrap=True)
 
 
 @cli.command('replay')
@@ -290,9 +371,15 @@ def replay_command(bag: Path, model: Path | None, output: Path, through_node: bo
                    result_topics: str, backend: str, threads: int, threshold: float | None,
                    minimum_area_px: int, region: str) -> None:
     """Run every frame of BAG through the pipeline or the live node; score and record it."""
-    from anomaly_seg_ros.replay import replay, ReplayOptions
-    model = bundled_model() if model is None else model
+    from anomaly_seg_ros.replay import replay, ReplayOptions, RESULT_TOPICS
     topics = () if result_topics == 'none' else tuple(result_topics.split(','))
+    unknown = [name for name in topics if name not in RESULT_TOPICS]
+    if unknown:
+        raise click.UsageError(f'--result-topics: no {", ".join(unknown)}; choose of '
+                               f'{", ".join(RESULT_TOPICS)}, or none')
+    if realtime and not through_node:
+        raise click.UsageError('--realtime needs --through-node; offline every frame is answered')
+    model = bundled_model() if model is None else model
     options = ReplayOptions(
         backend=backend, threads=threads, through_node=through_node, realtime=realtime,
         settings=obstacle_settings(model, threshold, minimum_area_px, region),
@@ -301,7 +388,7 @@ def replay_command(bag: Path, model: Path | None, output: Path, through_node: bo
     with progress_bar() as progress:
         metrics = replay(bag, model, output, options, progress=progress)
     print_metrics(metrics)
-    OUT.print(f'\n{output / "metrics.json"}', highlight=False)
+    print_path(output / 'metrics.json')
 
 
 @cli.command('compare')
@@ -369,12 +456,12 @@ def dataset_source(name: str, root: Path, split: str | None, options: tuple[str,
         given['split'] = split
     if keep_going:
         given['keep_going'] = True
-    try:
-        return open_dataset(name, root, **given)
-    except TypeError as error:
-        if name in DATASETS and 'unexpected keyword' in str(error):
-            raise UserError(f'{name} has no such option ({error})') from error
-        raise
+    known = signatures.signature(DATASETS[name]).parameters.keys() - {'root', 'keep_going'}
+    wrong = sorted(given.keys() - known - {'keep_going'})
+    if wrong:
+        raise click.UsageError(f'{name} has no option {", ".join(wrong)}; it has '
+                               f'{", ".join(sorted(known))}')
+    return open_dataset(name, root, **given)
 
 
 def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int,
@@ -388,12 +475,22 @@ def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int
 
 
 def print_metrics(metrics: dict[str, Any]) -> None:
-    """Print the headline figures as a table."""
+    """Print the headline figures as a table, and before it what was left out."""
     from anomaly_seg_ros.report import summary_table
+    problems = metrics['run'].get('problems') or ()
+    if problems:
+        CONSOLE.print(f'{len(problems)} problems; these frames were left out:', style='yellow')
+        for problem in problems:
+            CONSOLE.print(f'  {problem}', highlight=False, markup=False, soft_wrap=True)
     table = Table(show_header=False)
     for name, value in summary_table(metrics):
         table.add_row(name, value)
     OUT.print(table)
+
+
+def print_path(path: Path) -> None:
+    """Print where the results are, on one line."""
+    OUT.print(f'\n{path}', highlight=False, markup=False, soft_wrap=True)
 
 
 def require(extra: str, *modules: str) -> None:
@@ -424,6 +521,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def main() -> None:
     """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage."""
+    # Damaged files get a message of ours; OpenCV's warnings beside it only confuse.
+    os.environ.setdefault('OPENCV_LOG_LEVEL', 'ERROR')
     try:
         cli.main(prog_name='anomaly-seg', standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -432,7 +531,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        CONSOLE.print('stopped')
+        CONSOLE.print('stopped; what was written until now is kept')
         sys.exit(1)
     except UserError as error:
         CONSOLE.print(f'error: {error}', style='red', highlight=False, markup=False,

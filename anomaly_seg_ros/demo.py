@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.bags import BagReader, make_bag, read_bag
 from anomaly_seg_ros.evaluate import Progress
 from anomaly_seg_ros.replay import replay, ReplayOptions
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.synthetic import SyntheticDrive
+import cv2
+import numpy as np
 
 PICTURES = 4
 

@@ -20,9 +20,6 @@ import sys
 import time
 from typing import Any
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.datasets.frame import Frame
@@ -36,6 +33,8 @@ from anomaly_seg_ros.metrics.stored import FrameRow, score_metrics, ScoreCurves,
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
+import cv2
+import numpy as np
 
 LOG = logging.getLogger(__name__)
 
@@ -225,8 +224,8 @@ class Recorder:
         """Return a sentence for error messages on where the scores so far are, or nothing."""
         if not self._scored:
             return ''
-        return (f'\nThe scores of the {len(self._scored)} frames so far are kept; get their metrics '
-                f'with: anomaly-seg metrics {self._scores} {self._masks} --output FOLDER')
+        return (f'\nThe scores of the {len(self._scored)} frames so far are kept; their metrics: '
+                f'anomaly-seg metrics {self._scores} {self._masks} --output FOLDER')
 
     def _clear(self) -> None:
         """Remove an older run's results."""

@@ -108,10 +108,7 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
                 if progress is not None:
                     progress('frames', recorder.frames, total)
     except (UserError, BadOutput) as error:
-        kept = (f'\nThe scores of the {recorder.frames} frames before are kept in '
-                f'{recorder.output / "scores"}; "anomaly-seg metrics" reads them.'
-                if recorder.frames else '')
-        raise UserError(f'{error}{kept}') from error
+        raise UserError(f'{error}{recorder.kept()}') from error
     run = RunInfo(model_file, f'{bag} ({reader.image_topic})', counts.pop('backend'), settings,
                   {'through_node': options.through_node, 'realtime': options.realtime,
                    **counts, **options.extra})

@@ -11,19 +11,18 @@ import sqlite3
 import tracemalloc
 from typing import Any
 
-import cv2
-import numpy as np
-import pytest
-from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin, Writer
-from rosbags.typesys import get_typestore, Stores
-import yaml
-
 from anomaly_seg_ros.bags import (
     FRAME_TOPIC, GROUND_TRUTH_TOPIC, IMAGE_TOPIC, ImageFolder, LABELS_TOPIC, make_bag, read_bag,
     ResultBag, START_NS, VideoFile)
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
+import cv2
+import numpy as np
+import pytest
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin, Writer
+from rosbags.typesys import get_typestore, Stores
+import yaml
 
 STORAGES = ('mcap', 'sqlite3')
 TYPES = get_typestore(Stores.ROS2_JAZZY)

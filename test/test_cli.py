@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 import subprocess
 import sys
+from typing import Any
 
 from anomaly_seg_ros.cli import cli
+from anomaly_seg_ros.datasets import open_dataset
 from click.testing import CliRunner
+import cv2
 import numpy as np
 import pytest
 
@@ -35,15 +38,36 @@ def test_designed_commands_are_there() -> None:
             'replay', 'calibrate', 'bench', 'compare', 'doctor', 'fetch'} <= set(cli.commands)
 
 
-@pytest.mark.parametrize('arguments', [
-    ['no-such-command'], ['evaluate'], ['evaluate', 'm.onnx', '--limit', '0'],
-    ['export', 'erfnet', '--weights', 'w', '--output', 'o', '--input-size', '512'],
-    ['make-bag', '--output', 'bag']])
-def test_wrong_usage_exits_2(arguments: list[str]) -> None:
-    """Usage errors are told apart from failed runs."""
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert 'Traceback' not in result.stderr
+BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (['no-such-command'], 'no-such-command'), (['evaluate'], 'MODEL'),
+    (['evaluate', 'm.onnx', '--limit', '0'], '--limit'),
+    (['export', 'erfnet', '--weights', 'w', '--output', 'o', '--input-size', '512'], '512'),
+    (['make-bag', '--output', 'bag'], '--video'),
+    ([*BENCHMARK, 'no_such_set'], 'road_anomaly_21, road_obstacle_21'),
+    ([*BENCHMARK, 'acdc', '--option', 'fog'], 'KEY=VALUE'),
+    ([*BENCHMARK, 'acdc', '--option', 'wether=fog'], 'it has split, weather'),
+    ([*BENCHMARK, 'acdc', '--threshold', 'nan'], 'finite'),
+    ([*BENCHMARK, 'acdc', '--workers', '0'], '--workers'),
+    (['replay', 'bag', '--output', 'o', '--realtime'], '--through-node'),
+    (['replay', 'bag', '--output', 'o', '--result-topics', 'mask'], 'obstacle_mask')])
+def test_wrong_usage_exits_2(arguments: list[str], said: str) -> None:
+    """Usage errors are told apart from failed runs, and say what would be right."""
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2
+    assert said in ' '.join(result.stderr.split())
+
+
+def test_exit_codes_of_the_process() -> None:
+    """What click reports arrives as the exit code of the real process."""
+    for arguments, code in ((['--version'], 0), (['datasets'], 0), (['inspect', 'gone.onnx'], 1),
+                            (['no-such-command'], 2)):
+        result = run(*arguments)
+        assert result.returncode == code, result.stderr
+        assert 'Traceback' not in result.stderr
+    assert 'streethazards' in run('datasets').stdout
 
 
 def test_missing_model_exits_1_with_name_and_remedy(tmp_path: Path) -> None:
@@ -80,6 +104,120 @@ def test_benchmark_to_bag_to_metrics(tiny_model: Path, small_benchmark: Path,
     assert written[0]['pixel']['average_precision'] > 0
 
 
+def bad_benchmark(root: Path) -> dict[str, str]:
+    """Spoil frames 1 to 4 of a benchmark, each in its own way: file -> what is said of it."""
+    images, masks = root / 'images', root / 'labels_masks'
+    (masks / '1.png').rename(masks / '01.png')
+    (images / '2.png').write_bytes((images / '2.png').read_bytes()[:-500])
+    mask = cv2.imread(str(masks / '3.png'), cv2.IMREAD_UNCHANGED)
+    cv2.imwrite(str(masks / '3.png'), np.where(mask == 1, 2, mask).astype(np.uint8))
+    cv2.imwrite(str(masks / '4.png'), np.zeros((10, 10), np.uint8))
+    return {'images/1.png': 'no mask', 'labels_masks/01.png': 'no image',
+            'images/2.png': 'cut off', 'labels_masks/3.png': 'has also 2',
+            'labels_masks/4.png': '10x10'}
+
+
+def test_all_that_is_wrong_is_listed_and_nothing_is_scored(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """Unpaired, damaged and foreign files: one list, exit code 1; the rest only if asked for."""
+    root = small_benchmark
+    wrong = bad_benchmark(root)
+    arguments = ['evaluate', tiny_model, '--dataset', 'road_anomaly_21', '--root', root,
+                 '--output', tmp_path / 'out']
+    result = run(*arguments)
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    for name, reason in wrong.items():
+        assert any(f'{root}/{name}: ' in line and reason in line for line in lines), name
+    assert '--keep-going' in lines[-1]
+    assert not (tmp_path / 'out').exists()
+
+    result = run(*arguments, '--keep-going')
+    assert result.returncode == 0
+    lines = result.stderr.splitlines()
+    written = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    for name, reason in wrong.items():
+        for said in (lines, written['run']['problems']):
+            assert any(name in line and reason in line for line in said), name
+    assert written['latency_ms']['frames'] == 1
+    mask = cv2.imread(str(root / 'labels_masks' / '0.png'), cv2.IMREAD_UNCHANGED)
+    assert written['pixel']['positives'] == np.count_nonzero(mask == 1)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_fits(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """On a file system that is really full: exit code 1, whole score maps only, no metrics."""
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=250k', 'tmpfs', str(disk)],
+                             capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f'cannot mount a small file system here: {mounted.stderr.strip()}')
+    try:
+        result = run('evaluate', tiny_model, '--dataset', 'road_anomaly_21', '--root',
+                     small_benchmark, '--output', disk / 'out')
+        assert result.returncode == 1
+        assert 'Traceback' not in result.stderr
+        assert f'{disk}/out/' in result.stderr and 'Free disk space' in result.stderr
+        assert not (disk / 'out' / 'metrics.json').exists()
+        kept = sorted((disk / 'out' / 'scores').iterdir())
+        assert 1 <= len(kept) < 5
+        assert f'scores of the {len(kept)} frames so far are kept' in ' '.join(
+            result.stderr.split())
+        for path in kept:
+            image = cv2.imread(str(small_benchmark / 'images' / f'{path.stem}.png'))
+            assert np.load(path).shape == image.shape[:2]
+        again = run('metrics', disk / 'out' / 'scores', disk / 'out' / 'masks', '--output',
+                    tmp_path / 'again', '--keep-going')
+        assert again.returncode == 0, again.stderr
+    finally:
+        subprocess.run(['umount', str(disk)], check=True)
+
+
+def test_a_bag_with_a_damaged_frame_keeps_the_frames_before_it(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """A message whose step does not fit its width: named, exit code 1, earlier scores kept."""
+    from anomaly_seg_ros import bags
+    made = bags._image_message
+
+    def damaged(pixels: np.ndarray, encoding: str, stamp_ns: int, frame_id: str) -> Any:
+        message = made(pixels, encoding, stamp_ns, frame_id)
+        if encoding == 'rgb8' and stamp_ns == bags.START_NS + 300_000_000:
+            message.step -= 1
+        return message
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bags, '_image_message', damaged)
+        bags.make_bag(open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'bag')
+    result = run('replay', tmp_path / 'bag', '--model', tiny_model, '--output', tmp_path / 'out')
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stderr
+    said = ' '.join(result.stderr.split())
+    assert 'frame 3' in said and 'step' in said and '3 frames so far are kept' in said
+    assert len(list((tmp_path / 'out' / 'scores').iterdir())) == 3
+    assert not (tmp_path / 'out' / 'metrics.json').exists()
+
+
+def test_masks_of_another_size_in_a_bag(tiny_model: Path, small_benchmark: Path,
+                                        tmp_path: Path) -> None:
+    """Ground truth that does not lie on its image ends the replay with its name."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    from anomaly_seg_ros import bags
+    made = bags._image_message
+
+    def cropped(pixels: np.ndarray, encoding: str, stamp_ns: int, frame_id: str) -> Any:
+        return made(np.ascontiguousarray(pixels[:-1]) if encoding == 'mono8' else pixels,
+                    encoding, stamp_ns, frame_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bags, '_image_message', cropped)
+        bags.make_bag(source, tmp_path / 'bag')
+    result = run('replay', tmp_path / 'bag', '--model', tiny_model, '--output', tmp_path / 'out')
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stderr
+    assert '/ground_truth/anomaly_mask' in result.stderr and '160x95' in result.stderr
+
+
 def test_nan_in_stored_scores_names_the_file(tmp_path: Path) -> None:
     """A score map with NaN is refused by name, exit code 1."""
     for folder in ('scores', 'masks'):
@@ -102,3 +240,52 @@ def test_wrong_weights_exit_1_and_leave_no_file(real_data: Path, tmp_path: Path)
     assert result.returncode == 1
     assert 'layer.weight' in result.stderr and 'decoder.' in result.stderr
     assert not (tmp_path / 'm.onnx').exists()
+
+
+def test_image_ood_tells_a_domain_by_its_frames(tiny_model: Path, small_benchmark: Path,
+                                                tmp_path: Path) -> None:
+    """The AUROC printed and written is scikit-learn's of the columns of per_frame.csv."""
+    from sklearn.metrics import roc_auc_score
+    other = tmp_path / 'other'
+    (other / 'images').mkdir(parents=True)
+    (other / 'labels_masks').mkdir()
+    for path in (small_benchmark / 'images').iterdir():
+        cv2.imwrite(str(other / 'images' / path.name), cv2.blur(cv2.imread(str(path)), (9, 9)))
+    for path in (small_benchmark / 'labels_masks').iterdir():
+        (other / 'labels_masks' / path.name).write_bytes(path.read_bytes())
+    for root, name in (small_benchmark, 'in'), (other, 'out'):
+        assert run('evaluate', tiny_model, '--dataset', 'road_anomaly_21', '--root', root,
+                   '--output', tmp_path / name).returncode == 0
+    result = run('image-ood', tmp_path / 'in', tmp_path / 'out', '--output', tmp_path / 'o.json')
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / 'o.json').read_text())
+    assert written['in_domain_frames'] == written['out_of_domain_frames'] == 5
+    for name, auroc in written['auroc'].items():
+        values = [np.genfromtxt(tmp_path / run_name / 'per_frame.csv', delimiter=',', names=True,
+                                deletechars='')[f'score_{name}'] for run_name in ('in', 'out')]
+        assert auroc == pytest.approx(roc_auc_score([0] * 5 + [1] * 5, np.concatenate(values)))
+        assert f'{auroc:.4f}' in result.stdout
+    assert set(written['auroc']) == {'mean', 'max', 'quantile_0.5', 'quantile_0.9',
+                                     'quantile_0.99'}
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bits(tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """``--ray local`` on evaluate and metrics: every figure as without it."""
+    pytest.importorskip('ray', reason='ray is not installed: pip install anomaly_seg_ros[ray]')
+    data = ['--dataset', 'road_anomaly_21', '--root', small_benchmark]
+    for arguments in (
+            ['evaluate', tiny_model, *data, '--output', tmp_path / 'a', '--save-scores'],
+            ['evaluate', tiny_model, *data, '--output', tmp_path / 'b', '--ray', 'local'],
+            ['metrics', tmp_path / 'a' / 'scores', tmp_path / 'a' / 'masks', '--output',
+             tmp_path / 'c', '--ray', 'local']):
+        result = run(*arguments)
+        assert result.returncode == 0, result.stderr
+    written = [json.loads((tmp_path / name / 'metrics.json').read_text()) for name in 'abc']
+    for part in ('pixel', 'components', 'compat'):
+        assert written[0][part] == written[1][part] == written[2][part]
+    result = run('metrics', tmp_path / 'a' / 'scores', tmp_path / 'a' / 'masks', '--output',
+                 tmp_path / 'd', '--ray', '127.0.0.1:1')
+    assert result.returncode == 1
+    assert 'no Ray cluster at 127.0.0.1:1' in ' '.join(result.stderr.split())
+    assert 'Traceback' not in result.stderr

@@ -4,16 +4,15 @@
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-import pytest
-import yaml
-
 from anomaly_seg_ros.datasets import DATASETS, open_dataset, PairedDataset
 from anomaly_seg_ros.datasets.lost_and_found import FISHYSCAPES_FRAMES
 from anomaly_seg_ros.datasets.reading import file_size_hw, read_image, read_mask
 from anomaly_seg_ros.datasets.source import natural_key
 from anomaly_seg_ros.errors import UserError
+import cv2
+import numpy as np
+import pytest
+import yaml
 
 SIZE_HW = (6, 8)
 

@@ -31,6 +31,13 @@ def pooled(model: Path, root: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(scores), np.concatenate(truths)
 
 
+def per_frame(run: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's per_frame.csv without its latencies."""
+    with open(run / 'per_frame.csv', newline='') as stream:
+        return [{key: value for key, value in row.items() if not key.endswith('_ms')}
+                for row in csv.DictReader(stream)]
+
+
 def test_figures_equal_scikit_learn(tiny_model: Path, small_benchmark: Path,
                                     tmp_path: Path) -> None:
     """AP and AUROC of the written metrics.json are scikit-learn's on the same pixels."""
@@ -82,13 +89,13 @@ def test_frame_that_breaks_later_keeps_what_was_computed(
     source = open_dataset('road_anomaly_21', small_benchmark)
     check = source.check
 
-    def check_then_damage() -> list[str]:
-        problems = check()
+    def check_then_damage(limit: int | None = None) -> list[str]:
+        problems = check(limit)
         victim.write_bytes(victim.read_bytes()[:200])
         return problems
 
     monkeypatch.setattr(source, 'check', check_then_damage)
-    with pytest.raises(UserError, match=r'3\.png(.|\n)*kept in'):
+    with pytest.raises(UserError, match=r'3\.png(.|\n)*3 frames so far are kept'):
         evaluate(tiny_model, source, tmp_path / 'out')
     kept = sorted(path.name for path in (tmp_path / 'out' / 'scores').iterdir())
     assert kept == ['0.npy', '1.npy', '2.npy']
@@ -133,12 +140,82 @@ def test_full_disk_names_the_file_and_keeps_the_rest(
         real_save(stream, array, **options)
 
     monkeypatch.setattr(np, 'save', save)
-    with pytest.raises(UserError, match=r'No space left(.|\n)*Free disk space'):
+    with pytest.raises(UserError, match=r'No space left(.|\n)*Free disk space(.|\n)*3 frames'):
         evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out')
     kept = sorted((tmp_path / 'out' / 'scores').iterdir())
     assert [path.name for path in kept] == ['0.npy', '1.npy', '2.npy']
     for path in kept:
         assert np.load(path).dtype == np.float32
+
+
+def test_full_disk_at_the_end_keeps_the_scores(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that cannot be written do not cost the score maps they come from."""
+    def full(path: Path, text: str) -> None:
+        raise UserError(f'{path}: cannot be written (No space left on device)')
+
+    monkeypatch.setattr('anomaly_seg_ros.evaluate.atomic_write_text', full)
+    with pytest.raises(UserError, match=r'metrics\.json(.|\n)*5 frames so far are kept'):
+        evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out')
+    monkeypatch.undo()
+    again = metrics_of_stored(tmp_path / 'out' / 'scores', tmp_path / 'out' / 'masks',
+                              tmp_path / 'again')
+    expected = evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark),
+                        tmp_path / 'whole')
+    assert again['pixel'] == expected['pixel']
+    assert (tmp_path / 'again' / 'report.html').stat().st_size > 10_000
+
+
+def test_a_start_that_fails_costs_no_older_results(tiny_model: Path, small_benchmark: Path,
+                                                   tmp_path: Path) -> None:
+    """Results of a run stay when the next one into the same folder cannot even begin."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    evaluate(tiny_model, source, tmp_path / 'out', save_scores=True)
+    before = {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+    with pytest.raises(UserError, match='backend'):
+        evaluate(tiny_model, source, tmp_path / 'out', backend='no_such_backend')
+    assert before == {path: path.read_bytes() for path in (tmp_path / 'out').rglob('*')
+                      if path.is_file()}
+
+
+def test_folders_of_the_user_are_not_cleared(tiny_model: Path, small_benchmark: Path,
+                                             tmp_path: Path) -> None:
+    """An output folder that holds somebody's masks is refused; a second run into ours is not."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    mine = tmp_path / 'data' / 'masks' / '0.png'
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b'work of weeks')
+    with pytest.raises(UserError, match=r'data/masks(.|\n)*another output folder'):
+        evaluate(tiny_model, source, tmp_path / 'data')
+    assert mine.read_bytes() == b'work of weeks'
+    assert [path.name for path in (tmp_path / 'data').iterdir()] == ['masks']
+    for limit in (5, 2):
+        evaluate(tiny_model, source, tmp_path / 'out', save_scores=True, limit=limit)
+    assert len(list((tmp_path / 'out' / 'scores').iterdir())) == 2
+
+
+def test_workers_change_no_bit(tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """Two processes give the bits of one: every figure of every frame and of the whole."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    one, two = (evaluate(tiny_model, source, tmp_path / str(workers), workers=workers)
+                for workers in (1, 2))
+    for part in ('pixel', 'components', 'compat', 'segmentation', 'calibration'):
+        assert one[part] == two[part]
+    assert per_frame(tmp_path / '1') == per_frame(tmp_path / '2')
+
+
+def test_per_frame_statistics_are_those_of_the_score_map(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """Mean, max and quantiles of each frame, computed in float64 from the stored scores."""
+    evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out',
+             save_scores=True)
+    for row in per_frame(tmp_path / 'out'):
+        scores = np.load(tmp_path / 'out' / 'scores' / f'{row["frame_id"]}.npy').astype(np.float64)
+        for name, expected in (
+                ('mean', scores.mean()), ('max', scores.max()),
+                *((f'quantile_{q}', np.quantile(scores, q)) for q in (0.5, 0.9, 0.99))):
+            assert float(row[f'score_{name}']) == pytest.approx(expected, rel=1e-6)
 
 
 def test_percentiles_are_numpys() -> None:

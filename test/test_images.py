@@ -4,15 +4,14 @@
 import array
 from types import SimpleNamespace
 
-import cv2
-import numpy as np
-import pytest
-from rosbags.image import message_to_cvimage
-
 from anomaly_seg_ros import images
 from anomaly_seg_ros.images import (
     BadImage, decode_compressed, encoded_size_hw, ENCODINGS, image_from_message,
     mask_from_message, message_array, message_data)
+import cv2
+import numpy as np
+import pytest
+from rosbags.image import message_to_cvimage
 
 BYTES_A_PIXEL = {'rgb8': 3, 'bgr8': 3, '8UC3': 3, 'rgba8': 4, 'bgra8': 4, 'mono8': 1, '8UC1': 1,
                  'yuv422': 2, 'uyvy': 2, 'yuv422_yuy2': 2, 'yuyv': 2, 'rgb16': 6, 'bgr16': 6,

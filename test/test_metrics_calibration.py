@@ -3,16 +3,15 @@
 
 from itertools import pairwise
 
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.metrics.calibration import (
+    Calibration, calibration_metrics, image_level_auroc, IMAGE_STATISTICS, image_statistics,
+    local_ood_mask, rejection_curve)
+from anomaly_seg_ros.metrics.compat import relis
+from anomaly_seg_ros.metrics.pixel import pixel_metrics
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
-
-from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.metrics.calibration import (
-    Calibration, calibration_metrics, image_level_auroc, ImageScores, local_ood_mask,
-    rejection_curve)
-from anomaly_seg_ros.metrics.compat import relis
-from anomaly_seg_ros.metrics.pixel import pixel_metrics
 
 
 def sample(size: int, levels: int, seed: int = 0):
@@ -130,18 +129,18 @@ def test_bad_frames_are_refused():
 
 def test_image_level_auroc_compares_image_statistics():
     random = np.random.default_rng(2)
-    known, unknown = ImageScores(), ImageScores()
-    images = {known: [], unknown: []}
-    for scores, shift in (known, 0), (unknown, .3):
-        for number in range(12):
-            images[scores].append(random.random((8, 9)) + shift * random.random())
-            scores.update(number, images[scores][-1])
-    figures = image_level_auroc(known, unknown)
-    labels = [0] * 12 + [1] * 12
-    for name, statistic in (('mean', np.mean), ('max', np.max), ('quantile_0.5', np.median)):
-        values = [statistic(image) for image in images[known] + images[unknown]]
-        assert figures[name] == pytest.approx(roc_auc_score(labels, values), abs=1e-12)
-    assert set(image_level_auroc(known, ImageScores()).values()) == {None}
+    known = [random.random((8, 9)) for _ in range(12)]
+    unknown = [random.random((8, 9)) + .3 * random.random() for _ in range(12)]
+    references = {'mean': np.mean, 'max': np.max, 'quantile_0.5': np.median,
+                  'quantile_0.9': lambda image: np.quantile(image, .9),
+                  'quantile_0.99': lambda image: np.quantile(image, .99)}
+    for name in IMAGE_STATISTICS:
+        ours = [[image_statistics(image)[name] for image in images] for images in (known, unknown)]
+        values = [references[name](image) for image in known + unknown]
+        assert ours[0] + ours[1] == pytest.approx(values, abs=1e-15)
+        assert image_level_auroc(*ours) == pytest.approx(
+            roc_auc_score([0] * 12 + [1] * 12, values), abs=1e-12)
+    assert image_level_auroc([.1, .2], []) is None
 
 
 def test_local_ood_scores_unknown_classes_against_known_ones():

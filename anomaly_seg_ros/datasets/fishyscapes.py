@@ -7,11 +7,10 @@ Masks: 0 in-distribution, 1 anomaly, 255 void.
 
 from pathlib import Path
 
-import numpy as np
-
 from anomaly_seg_ros.datasets.paired import IMAGE, Layout, Pair, PairedDataset, simple_layout
 from anomaly_seg_ros.datasets.reading import file_size_hw, read_image
 from anomaly_seg_ros.errors import UserError
+import numpy as np
 
 _LOST_AND_FOUND_IMAGE = rf'leftImg8bit/(?:train|test)/[^/]+/(?P<a>[^/]+)_leftImg8bit\.{IMAGE}'
 _LOST_AND_FOUND_MASK = r'fishyscapes_lostandfound/\d+_(?P<a>[^/]+)_labels\.png'

@@ -5,10 +5,9 @@ from pathlib import Path
 import re
 from typing import Any
 
-import yaml
-
 from anomaly_seg_ros.datasets.paired import Codes, IMAGE, Layout, PairedDataset
 from anomaly_seg_ros.errors import UserError
+import yaml
 
 CONFIG_NAME = 'dataset.yaml'
 _MEANINGS = {'in-distribution': 0, 'anomaly': 1, 'void': 255}

@@ -4,12 +4,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
-
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.reading import file_size_hw, IMAGE_ENDINGS, read_image
 from anomaly_seg_ros.datasets.source import FrameSource, natural_key
 from anomaly_seg_ros.errors import UserError
+import cv2
 
 
 class ImageFolder(FrameSource):
@@ -54,10 +53,10 @@ class ImageFolder(FrameSource):
         path = self._paths[index]
         return Frame(path.stem, read_image(path))
 
-    def check(self) -> list[str]:
+    def check(self, limit: int | None = None) -> list[str]:
         """List unreadable files from their headers."""
         problems = []
-        for path in self._paths:
+        for path in self._paths[:limit]:
             if path.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
                 continue
             try:

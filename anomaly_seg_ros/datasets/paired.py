@@ -15,12 +15,11 @@ from pathlib import Path
 import re
 from typing import ClassVar, Literal
 
-import numpy as np
-
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.reading import codes_in, file_size_hw, read_image, read_mask
 from anomaly_seg_ros.datasets.source import FrameSource, natural_key
 from anomaly_seg_ros.errors import UserError
+import numpy as np
 
 IMAGE = r'(?:png|jpg|jpeg|webp)'
 _SHOWN = 8
@@ -206,10 +205,10 @@ class PairedDataset(FrameSource):
         return Frame(pair.frame_id, image, _translate(mask, self._codes.anomaly),
                      _translate(mask, self._codes.labels))
 
-    def check(self) -> list[str]:
+    def check(self, limit: int | None = None) -> list[str]:
         """Read headers of the images and codes of the masks; list everything that is wrong."""
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = pool.map(self._check_pair, self._pairs)
+            found = pool.map(self._check_pair, self._pairs[:limit])
             return [*self.problems, *(problem for problems in found for problem in problems)]
 
     def _check_pair(self, pair: Pair) -> list[str]:

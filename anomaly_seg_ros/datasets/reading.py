@@ -3,11 +3,10 @@
 
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.images import BadImage, decode_compressed, encoded_size_hw
+import cv2
+import numpy as np
 
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm')
 

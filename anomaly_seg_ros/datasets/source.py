@@ -51,8 +51,8 @@ class FrameSource(ABC):
         for index in range(len(self)):
             yield self[index]
 
-    def check(self) -> list[str]:
-        """Return one sentence for each thing that is wrong; empty when all is well."""
+    def check(self, limit: int | None = None) -> list[str]:
+        """Return one sentence for each thing that is wrong with the first ``limit`` frames."""
         return list(self.problems)
 
 

@@ -8,22 +8,22 @@ PRR, image-level and local OOD); Blum et al., "The Fishyscapes Benchmark", IJCV 
 (max-J and AP of misclassification).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from anomaly_seg_ros.classes import UNLABELLED
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.metrics.pixel import FloatArray, MaskArray, PixelCurve, VOID
+import numpy as np
+import numpy.typing as npt
 
 Float64Array = npt.NDArray[np.float64]
 
 BINS = 15
 SAMPLES_PER_FRAME = 20_000
 IMAGE_QUANTILES = (0.5, 0.9, 0.99)
+IMAGE_STATISTICS = ('mean', 'max', *(f'quantile_{quantile}' for quantile in IMAGE_QUANTILES))
 
 
 @dataclass(frozen=True)
@@ -238,47 +238,36 @@ def rejection_curve(right: FloatArray, wrong: FloatArray, points: int = 101) -> 
                           share * (1 - rejected), np.maximum(share - rejected, 0))
 
 
-class ImageScores:
+def image_statistics(scores: FloatArray) -> dict[str, float]:
     """
-    One score for each image: mean, max and quantiles of its anomaly map.
+    Return one score for a whole image: mean, max and quantiles of its (H, W) anomaly map.
 
-    With the MSP score (1 - confidence), ``mean`` is the reference's mean confidence.
+    The keys are ``IMAGE_STATISTICS``. With the MSP score (1 - confidence) ``mean`` is one minus
+    the reference's mean confidence.
     """
-
-    def __init__(self) -> None:
-        self._frames: dict[int, tuple[float, ...]] = {}
-
-    def update(self, frame: int, scores: FloatArray) -> None:
-        """Add frame number ``frame``: (H, W) float, higher is more anomalous."""
-        flat = scores.ravel()
-        self._frames[frame] = (
-            float(flat.mean(dtype=np.float64)), float(flat.max()),
-            *(float(value) for value in np.quantile(flat, IMAGE_QUANTILES)))
-
-    def merge(self, other: 'ImageScores') -> None:
-        """Add the frames of ``other``."""
-        self._frames.update(other._frames)
-
-    def result(self) -> dict[str, Float64Array]:
-        """Return each statistic's values, one for each frame in order."""
-        names = ('mean', 'max', *(f'quantile_{quantile}' for quantile in IMAGE_QUANTILES))
-        rows = np.array([self._frames[key] for key in sorted(self._frames)])
-        return dict(zip(names, rows.reshape(-1, len(names)).T, strict=True))
+    flat = scores.ravel()
+    values = (flat.mean(dtype=np.float64), flat.max(), *np.quantile(flat, IMAGE_QUANTILES))
+    return {name: float(value) for name, value in zip(IMAGE_STATISTICS, values, strict=True)}
 
 
-def image_level_auroc(in_domain: ImageScores,
-                      out_of_domain: ImageScores) -> Mapping[str, float | None]:
+def image_level_auroc(in_domain: npt.ArrayLike, out_of_domain: npt.ArrayLike) -> float | None:
     """
-    Return, for each statistic, the AUROC of telling out-of-domain images from in-domain ones.
+    Return the AUROC of telling out-of-domain images from in-domain ones by one statistic.
 
-    None for all where one of the sets is empty.
+    Parameters
+    ----------
+    in_domain, out_of_domain
+        The statistic of each image of the two sets, higher is more anomalous.
+
+    Returns
+    -------
+    auroc
+        In [0, 1]; None where one of the sets is empty.
+
     """
-    known, unknown = in_domain.result(), out_of_domain.result()
-    figures: dict[str, float | None] = {}
-    for name in known:
-        curve = PixelCurve.of(unknown[name], known[name])
-        figures[name] = None if curve.undefined else curve.auroc()
-    return figures
+    curve = PixelCurve.of(np.asarray(out_of_domain, np.float64).ravel(),
+                          np.asarray(in_domain, np.float64).ravel())
+    return None if curve.undefined else curve.auroc()
 
 
 def local_ood_mask(labels: npt.NDArray[Any], known: Sequence[int],
