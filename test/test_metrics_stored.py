@@ -104,7 +104,7 @@ def test_ray_changes_no_bit(folders, monkeypatch):
     monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '0')
     source = StoredScores(*folders)
     alone = score_metrics(source, track='obstacle')
-    ray.init(num_cpus=2, log_to_driver=False)
+    ray.init(address='local', num_cpus=2, log_to_driver=False)
     try:
         assert as_bits(score_metrics(source, track='obstacle', ray='auto')) == as_bits(alone)
         np.save(folders[0] / 'frame_1.npy', np.zeros((2, 2), np.float32))

@@ -10,9 +10,10 @@ result are the same however they are split.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 import logging
 import multiprocessing
@@ -261,8 +262,8 @@ def score_metrics(source: ScoreSource, *, track: str | None, workers: int = 1,
     track
         ``'anomaly'`` or ``'obstacle'``: the component sizes. None: no component metrics.
     workers
-        Processes; 1 stays in this one. They are spawned: a script that calls this with more than
-        one needs the usual ``if __name__ == '__main__'``.
+        Processes, this one among them. The others are spawned: a script that calls this with more
+        than one needs the usual ``if __name__ == '__main__'``.
     threshold
         Score threshold of the component metrics; None takes the data set's best-F1 threshold.
     compat
@@ -488,8 +489,8 @@ def _join(merged: _Pass | None, part: _Pass) -> _Pass:
 
 
 def _chunks(frames: _Frames, workers: int) -> list[_Frames]:
-    """Split into runs of frames, four for each worker, so that slow ones even out."""
-    size = max(1, -(-len(frames) // (4 * workers)))
+    """Split into runs of frames, eight for each worker, so that slow ones even out."""
+    size = max(1, -(-len(frames) // (8 * workers)))
     return [frames[start:start + size] for start in range(0, len(frames), size)]
 
 
@@ -502,22 +503,42 @@ def _start(workers: int, ray: str | None) -> Iterator[_Run]:
     elif workers == 1:
         yield _accumulate
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'),
-                                 cv2.setNumThreads, (1,)) as pool:
-            def on_processes(task: _Pass, source: ScoreSource, frames: _Frames,
-                             counter: _Counter) -> _Pass:
-                futures = {pool.submit(_accumulate, task, source, chunk): len(chunk)
-                           for chunk in _chunks(frames, workers)}
-                merged = None
-                try:
-                    for future in as_completed(futures):
-                        merged = _join(merged, future.result())
-                        counter.add(futures[future])
-                except BrokenProcessPool as error:
-                    raise UserError('a worker process died, most often for lack of memory; run '
-                                    'again with fewer --workers') from error
-                return merged or task
-            yield on_processes
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        try:
+            with _processes(workers) as run:
+                yield run
+        finally:
+            cv2.setNumThreads(threads)
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[_Run]:
+    """Run on this process and ``workers - 1`` spawned ones, so that it works while they start."""
+    with ProcessPoolExecutor(workers - 1, multiprocessing.get_context('spawn'),
+                             cv2.setNumThreads, (1,)) as pool:
+        def run(task: _Pass, source: ScoreSource, frames: _Frames, counter: _Counter) -> _Pass:
+            merged = None
+            chunks = _chunks(frames, workers)
+            pending = [(pool.submit(_accumulate, task, source, chunk), chunk) for chunk in chunks]
+            try:
+                # The others begin at the front; from the end, take what none has begun.
+                while pending:
+                    future, chunk = pending.pop()
+                    if future.cancel():
+                        part = _accumulate(deepcopy(task), source, chunk)
+                    else:
+                        part = future.result()
+                    merged = _join(merged, part)
+                    counter.add(len(chunk))
+            except BrokenProcessPool as error:
+                raise UserError('a worker process died, most often for lack of memory; run again '
+                                'with fewer --workers') from error
+            finally:
+                for future, _ in pending:
+                    future.cancel()
+            return merged or task
+        yield run
 
 
 @contextmanager
