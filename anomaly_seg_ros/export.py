@@ -232,6 +232,9 @@ def threshold_and_range(threshold: float | None, score_range: tuple[float, float
                         reference: Sequence[NetworkOutput]) -> dict[str, Any]:
     """Return what is given, else the 99th percentile and the 1 % to 99.9 % range of the score."""
     scores = np.concatenate([output.anomaly.ravel() for output in reference])
+    if not np.isfinite(scores).all():
+        raise UserError('the score of these weights is not finite on the check frames; they cannot '
+                        'be exported with this score. No file was written.')
     low, middle, high = (float(v) for v in np.quantile(scores, (0.01, 0.99, 0.999)))
     source = 'given at export'
     if threshold is None:
