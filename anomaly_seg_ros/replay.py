@@ -144,7 +144,8 @@ def _through_node(reader: BagReader, model: ModelFile, settings: ObstacleSetting
                   ) -> Iterator[tuple[BagFrame, Answer]]:
     from anomaly_seg_ros.ros.client import run_frames_through_node
 
-    # Frames that are on their way, by stamp; an answer to a later one means the earlier are lost.
+    # Frames that are on their way, by stamp, as sent; an answer to a later one means the earlier
+    # are lost.
     waiting: dict[int, BagFrame] = {}
 
     def sent() -> Iterator[BagFrame]:
@@ -160,11 +161,14 @@ def _through_node(reader: BagReader, model: ModelFile, settings: ObstacleSetting
         if answer.stamp_ns not in waiting:
             raise UserError(f'the node answered with stamp {answer.stamp_ns} ns, which no frame '
                             'of the bag has (or twice)')
-        for stamp_ns in [stamp for stamp in waiting if stamp < answer.stamp_ns]:
+        while (stamp_ns := next(iter(waiting))) != answer.stamp_ns:
             del waiting[stamp_ns]
             counts['dropped'] += 1
         frame = waiting.pop(answer.stamp_ns)
         counts['backend'] = answer.backend
+        if answer.labels is None or answer.anomaly is None or answer.mask is None:
+            raise UserError(f'frame {frame.frame_id}: the node did not publish labels, anomaly '
+                            'and obstacle mask, all three')
         yield frame, Answer(answer.labels, answer.anomaly, answer.mask, answer.obstacles,
                             answer.latency_ms)
     counts['dropped'] += len(waiting)

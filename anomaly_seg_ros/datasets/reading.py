@@ -59,14 +59,17 @@ def read_mask(path: Path) -> np.ndarray:
 
     """
     data = _read_bytes(path)
-    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+    # OpenCV 4 fills what a cut-off PNG lacks with zeros: insist on the closing chunk.
+    png = data[:8] == b'\x89PNG\r\n\x1a\n'
+    whole = data and (not png or b'IEND' in data[-16:])
+    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if whole else None
     if mask is None:
         raise UserError(f'{path}: not a readable mask ({len(data)} bytes). '
                         'Download or copy it again.')
     if mask.dtype != np.uint8:
         raise UserError(f'{path}: a mask must have 8 bits a pixel, got {mask.dtype}. '
                         'Save it as an 8-bit grey PNG.')
-    if data[:8] == b'\x89PNG\r\n\x1a\n' and data[25] == 3:
+    if png and data[25] == 3:
         return _palette_indices(path, data, mask)
     if mask.ndim == 3:
         if np.any(mask[..., 1:3] != mask[..., :1]):
