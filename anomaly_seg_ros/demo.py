@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job from end to end on the synthetic world, as ``make demo`` runs it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anomaly_seg_ros.bags import BagReader, make_bag, read_bag
+from anomaly_seg_ros.bags import make_bag, read_bag
 from anomaly_seg_ros.evaluate import Progress
+from anomaly_seg_ros.files import atomic_write_bytes
+from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.replay import replay, ReplayOptions
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.synthetic import SyntheticDrive
+from anomaly_seg_ros.visualize import colour_labels, heat_map, panel
 import cv2
 import numpy as np
 
@@ -47,17 +51,32 @@ def run_demo(output: Path | str, *, frames: int = 60, seed: int = 2026,
     drive = SyntheticDrive(seed=seed, frames=frames)
     make_bag(drive, bag, rate_hz=drive.rate_hz, overwrite=True)
     metrics = replay(bag, model, output, ReplayOptions(through_node=True), progress=progress)
-    results = read_bag(output / 'result_bag', image_topic='/anomaly_seg/output/overlay')
-    write_pictures(results, output / 'pictures')
+    write_pictures(output / 'result_bag', output / 'pictures',
+                   load_model_file(model).card.palette)
     return DemoResult(bag, metrics)
 
 
-def write_pictures(overlays: BagReader, folder: Path, count: int = PICTURES) -> list[Path]:
-    """Write ``count`` overlays, evenly spread over the drive, as PNG and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_pictures(result_bag: Path, folder: Path, palette: Sequence[tuple[int, int, int]],
+                   count: int = PICTURES) -> list[Path]:
+    """
+    Write ``count`` panels of camera, labels, heat map and mask, evenly spread over the drive.
+
+    Returns the paths of the PNG files.
+    """
+    topics = {name: read_bag(result_bag, image_topic=f'/anomaly_seg/{name}')
+              for name in ('input/image', 'output/overlay', 'output/labels', 'output/anomaly_u8')}
+    frames = len(topics['input/image'])
     paths = []
-    for index in np.linspace(0, len(overlays) - 1, count).round().astype(int):
-        path = folder / f'overlay_{index:03d}.png'
-        cv2.imwrite(str(path), overlays[int(index)].image_rgb[..., ::-1])
-        paths.append(path)
+    for index in np.linspace(0, frames - 1, count).round().astype(int).tolist():
+        pixels = {name: bag[index].image_rgb for name, bag in topics.items()}
+        picture = panel(
+            [pixels['input/image'], pixels['output/overlay'],
+             colour_labels(np.ascontiguousarray(pixels['output/labels'][..., 0]), palette),
+             heat_map(np.ascontiguousarray(pixels['output/anomaly_u8'][..., 0]))],
+            ['camera', 'overlay: obstacles outlined', 'labels', 'anomaly score'])
+        paths.append(folder / f'frame_{index:03d}.png')
+        encoded, data = cv2.imencode('.png', picture[..., ::-1])
+        if not encoded:
+            raise RuntimeError(f'{paths[-1]}: OpenCV cannot encode the picture')
+        atomic_write_bytes(paths[-1], data.tobytes())
     return paths
