@@ -12,6 +12,7 @@ from anomaly_seg_ros.images import message_array
 from anomaly_seg_ros.model_file import ModelCard, write_model_file
 from anomaly_seg_ros.ros.client import NodeClient, NodeRun
 import numpy as np
+import pytest
 
 INPUT_HW = (64, 128)
 # A frame whose upper left corner has this green value makes the network misbehave.
@@ -26,6 +27,7 @@ def write_tiny_model(path: Path, *, gain: float = 1.0, stall_iterations: int = 1
     Its labels are the red channel in 19 steps. The corner values above make it give NaN, raise
     in ONNX Runtime, or take long: real faults of a real network, without a hook in the code.
     """
+    pytest.importorskip('onnx', reason='needs onnx: pip install ".[export]"')
     from onnx import helper, numpy_helper, TensorProto
     height, width = INPUT_HW
 

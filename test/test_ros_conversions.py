@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between messages and arrays."""
 
-import pytest
-
-pytest.importorskip('rclpy')
-
-from anomaly_seg_ros.images import message_array, message_data  # noqa: E402, I100
-from anomaly_seg_ros.ros.conversions import (  # noqa: E402
+import _needs_ros  # noqa: F401
+from anomaly_seg_ros.images import message_array, message_data
+from anomaly_seg_ros.ros.conversions import (
     frame_report, ImageBuffer, label_info, read_image, rescaled_camera_info, stamp_to_ns)
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-from rclpy.serialization import deserialize_message, serialize_message  # noqa: E402
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image  # noqa: E402
-from std_msgs.msg import Header  # noqa: E402
+import cv2
+import numpy as np
+import pytest
+from rclpy.serialization import deserialize_message, serialize_message
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Header
 
 
 def header() -> Header:

@@ -4,16 +4,14 @@
 import threading
 import time
 
-import pytest
-
-pytest.importorskip('rclpy')
-
-from anomaly_seg_ros.ros.diagnostics import (  # noqa: E402, I100
+import _needs_ros  # noqa: F401
+from anomaly_seg_ros.ros.diagnostics import (
     assess, DROPS, ERROR, Latencies, Monitor, NodeState, OK, Rate, STAGES, to_message, WARN)
-from anomaly_seg_ros.ros.parameters import NodeParameters  # noqa: E402
-from anomaly_seg_ros.ros.watchdog import Watchdog  # noqa: E402
-from builtin_interfaces.msg import Time  # noqa: E402
-import numpy as np  # noqa: E402
+from anomaly_seg_ros.ros.parameters import NodeParameters
+from anomaly_seg_ros.ros.watchdog import Watchdog
+from builtin_interfaces.msg import Time
+import numpy as np
+import pytest
 
 TIMES = dict.fromkeys(STAGES, 1.0)
 

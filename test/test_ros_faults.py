@@ -13,26 +13,23 @@ import shutil
 import signal
 import time
 
-import pytest
-
-pytest.importorskip('rclpy')
-pytest.importorskip('onnx')
-
-from anomaly_seg_ros.backends import open_backend  # noqa: E402, I100
-from anomaly_seg_ros.images import (  # noqa: E402
+import _needs_ros  # noqa: F401
+from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.images import (
     BadImage, image_from_message, message_array, message_data)
-from anomaly_seg_ros.model_file import load_model_file  # noqa: E402
-from anomaly_seg_ros.pipeline import Pipeline  # noqa: E402
-from anomaly_seg_ros.ros.client import make_header, NodeRun  # noqa: E402
-from anomaly_seg_ros.ros.conversions import stamp_to_ns  # noqa: E402
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-from rclpy.serialization import serialize_message  # noqa: E402
-from ros_helpers import (  # noqa: E402
+from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.ros.client import make_header, NodeRun
+from anomaly_seg_ros.ros.conversions import stamp_to_ns
+import cv2
+import numpy as np
+import pytest
+from rclpy.serialization import serialize_message
+from ros_helpers import (
     Driver, make_frame, NAN, publish_forever, RAISE, STALL, start_helper, subscribe_forever,
     write_tiny_model)
-from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
-from std_msgs.msg import Header  # noqa: E402
+from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
 
 FAST = {'diagnostics_period_s': 0.1}
 OUTPUTS = ('labels', 'anomaly', 'obstacle_mask')

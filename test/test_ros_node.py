@@ -9,24 +9,21 @@ import subprocess
 import sys
 import time
 
+import _needs_ros  # noqa: F401
+from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.images import message_array, message_data
+from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.ros.client import make_header, NodeRun
+from anomaly_seg_ros.ros.outputs import IMAGES
+from anomaly_seg_ros.visualize import anomaly_u8, overlay
+import cv2
+import numpy as np
 import pytest
-
-pytest.importorskip('rclpy')
-pytest.importorskip('onnx')
-
-from anomaly_seg_ros.backends import open_backend  # noqa: E402, I100
-from anomaly_seg_ros.errors import UserError  # noqa: E402
-from anomaly_seg_ros.images import message_array, message_data  # noqa: E402
-from anomaly_seg_ros.model_file import load_model_file  # noqa: E402
-from anomaly_seg_ros.pipeline import Pipeline  # noqa: E402
-from anomaly_seg_ros.ros.client import make_header, NodeRun  # noqa: E402
-from anomaly_seg_ros.ros.outputs import IMAGES  # noqa: E402
-from anomaly_seg_ros.visualize import anomaly_u8, overlay  # noqa: E402
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-from rclpy.lifecycle import LifecycleNode  # noqa: E402
-from ros_helpers import Driver, make_frame, STALL, write_tiny_model  # noqa: E402
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image  # noqa: E402
+from rclpy.lifecycle import LifecycleNode
+from ros_helpers import Driver, make_frame, STALL, write_tiny_model
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 ALL = tuple(IMAGES)
 FAST = {'diagnostics_period_s': 0.1}

@@ -4,18 +4,17 @@
 from dataclasses import fields
 import math
 
-import pytest
-
-rclpy = pytest.importorskip('rclpy')
-
-from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE  # noqa: E402, I100
-from anomaly_seg_ros.errors import UserError  # noqa: E402
-from anomaly_seg_ros.model_file import ModelCard  # noqa: E402
-from anomaly_seg_ros.resources import resource  # noqa: E402
-from anomaly_seg_ros.ros.parameters import (  # noqa: E402
+import _needs_ros  # noqa: F401
+from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_file import ModelCard
+from anomaly_seg_ros.resources import resource
+from anomaly_seg_ros.ros.parameters import (
     ALWAYS, declare_parameters, NAMES, NodeParameters, START, UNCONFIGURED)
-from rclpy.parameter import Parameter  # noqa: E402
-import yaml  # noqa: E402
+import pytest
+import rclpy
+from rclpy.parameter import Parameter
+import yaml
 
 
 @pytest.fixture

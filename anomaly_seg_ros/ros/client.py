@@ -34,6 +34,10 @@ import yaml
 NODE = 'anomaly_seg'
 OUTPUTS = ('labels', 'anomaly', 'obstacle_mask')
 _PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
+# What "python -m anomaly_seg_ros.ros.node" does, but ends when its parent is killed (Linux's
+# PR_SET_PDEATHSIG is 1): a node that is left over would go on for ever.
+_NODE_PROGRAM = ('import ctypes, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); '
+                 'from anomaly_seg_ros.ros.node import main; sys.exit(main())')
 _QUEUE = 32  # frames on their way at most
 
 
@@ -329,8 +333,7 @@ class NodeRun:
                 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST', 'ROS_LOG_DIR': str(folder),
                 'PYTHONUNBUFFERED': '1'}
             self._process = subprocess.Popen(
-                [sys.executable, '-m', 'anomaly_seg_ros.ros.node', '--ros-args',
-                 '--params-file', str(file)],
+                [sys.executable, '-c', _NODE_PROGRAM, '--ros-args', '--params-file', str(file)],
                 env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             stack.callback(self.stop)
             self.client = NodeClient(
