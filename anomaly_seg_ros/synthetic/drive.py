@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drives through synthetic worlds, and single scenes of many worlds for training."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 import math
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from anomaly_seg_ros.datasets.frame import Frame
+from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.synthetic.camera import Pose
 from anomaly_seg_ros.synthetic.obstacles import make_obstacle
 from anomaly_seg_ros.synthetic.render import make_view, render
@@ -19,7 +19,7 @@ TRAINING_BANKS = 40
 _TEST_BANKS = 50
 
 
-class SyntheticDrive:
+class SyntheticDrive(FrameSource):
     """
     A drive through a synthetic world, as a data set of frames.
 
@@ -61,12 +61,13 @@ class SyntheticDrive:
         if not rate_hz > 0:
             raise ValueError(f'rate_hz must be above 0, got {rate_hz}')
         self.name = f'synthetic_{seed}'
-        self.root: Path | None = None
+        # No folder: the drive is a function of its seed.
+        self.root = Path(self.name)
         self.seed = seed
         self.size_hw = (int(size_hw[0]), int(size_hw[1]))
         self.anomalies = anomalies
-        self.rate_hz = rate_hz
-        self.frame_ids = [f'{k:06d}' for k in range(frames)]
+        self.rate_hz = self._rate_hz = rate_hz
+        self._frame_ids = [f'{k:06d}' for k in range(frames)]
         rng = np.random.default_rng([seed, 1])
         self._speed = float(rng.uniform(6.5, 10.5))
         length = frames / rate_hz * self._speed + 200.0
@@ -89,13 +90,14 @@ class SyntheticDrive:
             if not any(_collides(item, pose, float(t))
                        for pose, t in zip(poses, times, strict=True))))
 
+    @property
+    def frame_ids(self) -> list[str]:
+        """Names of the frames in order."""
+        return list(self._frame_ids)
+
     def __len__(self) -> int:
         """Return the number of frames."""
-        return len(self.frame_ids)
-
-    def __iter__(self) -> Iterator[Frame]:
-        """Yield every frame in order."""
-        return (self[k] for k in range(len(self)))
+        return len(self._frame_ids)
 
     def pose(self, time_s: float) -> Pose:
         """Return the camera's pose at a time."""
@@ -124,10 +126,10 @@ class SyntheticDrive:
         if not -len(self) <= index < len(self):
             raise IndexError(f'frame {index} of {len(self)}')
         index %= len(self)
-        time_s = index / self.rate_hz
+        time_s = index / self._rate_hz
         view = make_view(self.world, self.pose(time_s), self.size_hw, self._focal, self._horizon)
         image, labels, mask = render(self.world, view, time_s, (self.seed, index))
-        return Frame(self.frame_ids[index], image, mask, labels, round(time_s * 1e9))
+        return Frame(self._frame_ids[index], image, mask, labels, round(time_s * 1e9))
 
 
 def _place_obstacles(rng: np.random.Generator, world: World, length_m: float
@@ -151,7 +153,7 @@ def _place_obstacles(rng: np.random.Generator, world: World, length_m: float
 def _with_obstacles(world: World, obstacles: tuple[Item, ...], duration_s: float) -> World:
     """Add obstacles, and take away the vehicles and people that would run into one."""
     def free(item: Item) -> bool:
-        if item.kind not in ('vehicle', 'person', 'signal', 'sign', 'lamp', 'tree', 'delineator'):
+        if item.kind not in ('vehicle', 'person', 'sign', 'lamp', 'tree', 'delineator'):
             return True
         reach = 6.0 if item.kind == 'vehicle' else 0.8
         start, end = sorted((item.s, item.at(duration_s)))
