@@ -455,7 +455,8 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
                               'reason': 'score maps hold no labels'}
     metrics['latency_ms'] = None
     metrics['run'] = {
-        'data': f'{scores} with {masks}', 'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
+        'data': f'{scores} with {masks}', 'frames': len(result.per_frame),
+        'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
         'versions': versions(), 'machine': machine(), 'problems': list(result.skipped),
         'finished': time.strftime('%Y-%m-%dT%H:%M:%S%z')}
     output = Path(output)
@@ -465,8 +466,7 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
     if can_report():
         from anomaly_seg_ros.report import ReportData, write_report
         write_report(output / 'report.html', ReportData(
-            title=f'Stored scores: {Path(os.path.abspath(scores)).name}', metrics=metrics,
-            curves=result.curves))
+            title='Stored score maps', metrics=metrics, curves=result.curves))
     return metrics
 
 
