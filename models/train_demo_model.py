@@ -27,17 +27,16 @@ import platform
 import time
 from typing import Any
 
-import cv2
-import numpy as np
-import torch
-from torch.nn import functional
-
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.files import atomic_write, atomic_write_text, sha256_file
 from anomaly_seg_ros.networks.roadnet import parameter_count, RoadNet
 from anomaly_seg_ros.synthetic import CLASSES_USED, random_scene, SyntheticDrive
 from anomaly_seg_ros.synthetic.outliers import OUTLIER, paste_outliers
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional
 
 INPUT_HW = (288, 512)
 STORED_HW = (360, 640)
@@ -334,7 +333,6 @@ def save_weights(network: RoadNet, path: Path) -> None:
 
 def main() -> None:
     """Train, measure, write."""
-    raise SystemExit('MESSAGE FROM THE LEAD (20:08): I have simplified the world (synthetic/world.py, drive.py, render.py: ten classes, 40 training banks, no labels on specks; committed) and started THE long training myself, with your current script, in a folder of my own; it owns both cores now. Please run no training and no heavy job any more. Re-read those files before you edit them and change nothing that alters rendered pixels or labels. Finish: delete what the simplification made dead (brick/plaster/planks strips, rail, signal, truck, bus meshes if unused), without changing the pictures, make tests, ruff, flake8, mypy clean for your files, restore this line (delete it), commit, and send the final report.')
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--seed', type=int, default=1, help='seed of weights and sampling')

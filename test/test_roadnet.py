@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip('torch', reason='RoadNet needs torch: pip install .[export]')
-
-from anomaly_seg_ros.networks.roadnet import parameter_count, RoadNet  # noqa: E402
+roadnet = pytest.importorskip('anomaly_seg_ros.networks.roadnet')
+parameter_count, RoadNet = roadnet.parameter_count, roadnet.RoadNet
 
 
 @pytest.fixture(scope='module')

@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 
-import cv2
-import numpy as np
-import pytest
-
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.synthetic import CLASSES_USED, random_scene, SyntheticDrive, WEATHERS
 from anomaly_seg_ros.synthetic import obstacles, outliers
 from anomaly_seg_ros.synthetic.camera import clip_near, NEAR_M, Pose, View
+from anomaly_seg_ros.synthetic.drive import TRAINING_BANKS
 from anomaly_seg_ros.synthetic.obstacles import make_obstacle
 from anomaly_seg_ros.synthetic.render import make_view, render
 from anomaly_seg_ros.synthetic.textures import noise_tile
 from anomaly_seg_ros.synthetic.world import make_world, ROAD, SIDEWALK, SKY, World
+import cv2
+import numpy as np
+import pytest
 
 SIZE = (180, 320)
 
@@ -91,7 +91,11 @@ def test_masks_and_labels_agree(seed):
         mask, labels = frame.anomaly_mask, frame.labels
         assert set(np.unique(mask)) <= {0, 1, 255}
         assert set(np.unique(labels)) <= {*CLASSES_USED, 255}
-        np.testing.assert_array_equal(labels == 255, mask == 1)
+        # Unlabelled: obstacles, and far things of a few pixels.
+        assert (labels[mask == 1] == 255).all()
+        _, _, stats, _ = cv2.connectedComponentsWithStats(
+            ((labels == 255) & (mask == 0)).astype(np.uint8), connectivity=8)
+        assert (stats[1:, cv2.CC_STAT_AREA] < 4 * 0.00015 * labels.size).all()
         # Void is exactly the pixels that touch an obstacle.
         touching = cv2.dilate((mask == 1).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
         np.testing.assert_array_equal(mask == 255, touching & (mask != 1))
@@ -102,7 +106,7 @@ def test_masks_and_labels_agree(seed):
 def test_drive_without_anomalies_has_none():
     drive = SyntheticDrive(11, frames=3, size_hw=SIZE, anomalies=False)
     for frame in drive:
-        assert not frame.anomaly_mask.any() and (frame.labels != 255).all()
+        assert not frame.anomaly_mask.any() and (frame.labels == 255).mean() < 0.005
     assert drive.obstacles == ()
 
 
@@ -110,7 +114,8 @@ def test_training_scenes_have_no_anomaly():
     for seed in range(6):
         frame = random_scene(seed, SIZE)
         assert not frame.anomaly_mask.any()
-        assert set(np.unique(frame.labels)) <= set(CLASSES_USED)
+        assert set(np.unique(frame.labels)) <= {*CLASSES_USED, 255}
+        assert (frame.labels == 255).mean() < 0.005
 
 
 def test_training_never_imports_the_obstacles_shapes():
@@ -122,19 +127,19 @@ def test_training_never_imports_the_obstacles_shapes():
 
 
 def test_drives_share_no_sprite_with_training():
-    kinds = ('house', 'tree', 'person', 'strip')
-    world = make_world(np.random.default_rng(1), 200.0, bank=0)
+    kinds = ('house', 'tree', 'person', 'hedge')
+    world = make_world(np.random.default_rng(1), 200.0, bank=TRAINING_BANKS - 1)
     trained = {(i.kind, i.seed) for i in world.items if i.kind in kinds}
+    last = TRAINING_BANKS * 1000
     driven = {(i.kind, i.seed) for i in SyntheticDrive(3).world.items if i.kind in kinds}
-    assert trained and driven and max(seed for _, seed in trained) < 1000
-    assert min(seed for kind, seed in driven) >= 1000
+    assert trained and driven and max(seed for _, seed in trained) < last
+    assert min(seed for _, seed in driven) >= last
 
 
 def test_classes_used_are_cityscapes_train_ids():
     names = [CITYSCAPES_CLASSES[k] for k in CLASSES_USED]
-    assert names == ['road', 'sidewalk', 'building', 'wall', 'fence', 'pole', 'traffic light',
-                     'traffic sign', 'vegetation', 'terrain', 'sky', 'person', 'car', 'truck',
-                     'bus']
+    assert names == ['road', 'sidewalk', 'building', 'pole', 'traffic sign', 'vegetation',
+                     'terrain', 'sky', 'person', 'car']
 
 
 def test_ground_projects_by_the_pinhole_formula():

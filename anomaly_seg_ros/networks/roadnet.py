@@ -96,4 +96,3 @@ def _double(x: Tensor) -> Tensor:
 def parameter_count(network: nn.Module) -> int:
     """Return how many numbers the network learns."""
     return sum(p.numel() for p in network.parameters())
-

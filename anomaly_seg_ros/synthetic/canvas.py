@@ -3,10 +3,9 @@
 
 from dataclasses import dataclass, field
 
+from anomaly_seg_ros.synthetic.camera import clip_near, NEAR_M, View
 import cv2
 import numpy as np
-
-from anomaly_seg_ros.synthetic.camera import clip_near, NEAR_M, View
 
 Colour = tuple[float, float, float]
 

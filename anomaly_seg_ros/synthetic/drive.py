@@ -5,14 +5,13 @@ from dataclasses import replace
 import math
 from pathlib import Path
 
-import numpy as np
-
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.synthetic.camera import Pose
 from anomaly_seg_ros.synthetic.obstacles import make_obstacle
 from anomaly_seg_ros.synthetic.render import make_view, render
 from anomaly_seg_ros.synthetic.world import Item, make_world, World
+import numpy as np
 
 # Banks of house fronts, trees and people: training scenes use the first, drives those above.
 TRAINING_BANKS = 40

@@ -7,11 +7,10 @@ from functools import lru_cache
 from itertools import pairwise
 import math
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.synthetic.camera import NEAR_M
 from anomaly_seg_ros.synthetic.canvas import Canvas
+import cv2
+import numpy as np
 
 _CORNERS = 12
 
@@ -50,7 +49,7 @@ class MeshBuilder:
 
     def face(self, corners: np.ndarray, colour: Sequence[float] | np.ndarray, centre: np.ndarray,
              bias: float = 0.0, gloss: float = 0.0) -> None:
-        """Add a convex face (n <= 12, 3) of a body around ``centre``."""
+        """Add a convex face of at most 12 corners (n, 3) to a body around ``centre``."""
         corners = np.asarray(corners, np.float64)
         padded = np.concatenate([corners, np.repeat(corners[-1:], _CORNERS - len(corners), 0)])
         self._faces.append(padded)
@@ -201,14 +200,12 @@ def vehicle(kind: str, seed: int) -> tuple[Mesh, tuple[float, float, float]]:
     """
     Return a vehicle's mesh and its half width, half length and height in metres.
 
-    ``kind``: 'sedan', 'hatch', 'suv', 'van', 'truck' or 'bus'. Ahead (+z) is its front; the
+    ``kind``: 'sedan', 'hatch', 'suv' or 'van'. Ahead (+z) is its front; the
     origin is on the ground under its middle.
     """
     rng = np.random.default_rng([seed, 61])
     paint = np.array(CAR_PAINTS[rng.integers(len(CAR_PAINTS))]) * rng.uniform(0.85, 1.12)
     build = MeshBuilder()
-    if kind in ('truck', 'bus'):
-        return _large_vehicle(build, kind, tuple(paint), rng)
     stations = np.array(_PROFILES[kind])
     length = stations[-1, 0]
     stations[:, 0] -= length / 2
@@ -266,69 +263,3 @@ def vehicle(kind: str, seed: int) -> tuple[Mesh, tuple[float, float, float]]:
             build.disc((x + side * .02, radius, z), radius * 0.6, side, (128, 130, 134), 0.09)
     half_w = float(stations[:, 2].max())
     return build.build(), (half_w, length / 2, float(stations[:, 3].max()))
-
-
-def _large_vehicle(build: MeshBuilder, kind: str, paint: tuple[float, ...],
-                   rng: np.random.Generator) -> tuple[Mesh, tuple[float, float, float]]:
-    half_w = 1.22
-    if kind == 'bus':
-        half_l, height = 5.4, 3.0
-        body = np.array([(206, 48, 42), (232, 186, 40), (54, 112, 176), (222, 222, 216),
-                         (60, 140, 84)][rng.integers(5)], float)
-        build.box((-half_w, .35, -half_l), (half_w, height, half_l), tuple(body), 0.0, 0.08)
-        centre = np.array([0, 1.5, 0])
-        for side in (-1.0, 1.0):
-            x = side * (half_w + 0.01)
-            for z in np.arange(-half_l + .3, half_l - .9, 1.28):
-                build.face(np.array([(x, 1.35, z), (x, 1.35, z + 1.14), (x, 2.5, z + 1.14),
-                                     (x, 2.5, z)]), _GLASS, centre, 0.3, 0.35)
-            build.face(np.array([(x, .35, -half_l), (x, .35, half_l), (x, .7, half_l),
-                                 (x, .7, -half_l)]), tuple(body * 0.45), centre, 0.2)
-        for sign in (-1.0, 1.0):
-            z = sign * (half_l + 0.01)
-            build.face(np.array([(-1.1, 1.15, z), (1.1, 1.15, z), (1.1, 2.45, z),
-                                 (-1.1, 2.45, z)]), _GLASS, centre, 0.3, 0.35)
-            build.face(np.array([(-.8, 2.55, z), (.8, 2.55, z), (.8, 2.88, z), (-.8, 2.88, z)]),
-                       (24, 22, 20), centre, 0.3)
-            build.face(np.array([(-.62, 2.62, z * 1.001), (.5, 2.62, z * 1.001),
-                                 (.5, 2.8, z * 1.001), (-.62, 2.8, z * 1.001)]),
-                       (250, 176, 40), centre, 0.4)
-    else:
-        half_l, height = 4.0, 3.3
-        cargo = np.array([(214, 214, 210), (176, 182, 190), (222, 196, 120), (104, 128, 160),
-                          (196, 96, 70)][rng.integers(5)], float)
-        build.box((-half_w, .95, -half_l), (half_w, height, half_l - 1.9), tuple(cargo), 0.0, 0.03)
-        build.box((-half_w * .94, .45, half_l - 1.75), (half_w * .94, 2.55, half_l), paint, 0, .1)
-        build.box((-half_w * .8, .5, -half_l + .1), (half_w * .8, .95, half_l - 1.8), (48, 48, 50))
-        centre = np.array([0, 1.6, 0])
-        stripe = tuple(rng.uniform(30, 220, 3))
-        for side in (-1.0, 1.0):
-            x = side * (half_w + .01)
-            build.face(np.array([(x, 1.7, -half_l + .2), (x, 1.7, half_l - 2.1),
-                                 (x, 2.3, half_l - 2.1), (x, 2.3, -half_l + .2)]), stripe, centre,
-                       0.3)
-            x = side * (half_w * .94 + .01)
-            build.face(np.array([(x, 1.6, half_l - 1.3), (x, 1.6, half_l - .25),
-                                 (x, 2.3, half_l - .35), (x, 2.3, half_l - 1.3)]), _GLASS, centre,
-                       0.3, 0.35)
-        z = half_l + .01
-        build.face(np.array([(-1.02, 1.5, z), (1.02, 1.5, z), (1.02, 2.35, z), (-1.02, 2.35, z)]),
-                   _GLASS, centre, 0.3, 0.35)
-        z = -half_l - .01
-        build.face(np.array([(-.02, 1.0, z), (.02, 1.0, z), (.02, height, z), (-.02, height, z)]),
-                   tuple(cargo * .5), centre, 0.3)
-        build.face(np.array([(-half_w, .8, z), (half_w, .8, z), (half_w, .98, z),
-                             (-half_w, .98, z)]), (150, 40, 34), centre, 0.3)
-    for sign, colour in ((-1.0, (180, 24, 20)), (1.0, (238, 238, 228))):
-        for side in (-1.0, 1.0):
-            x, z = side * half_w * .78, sign * (half_l + .015)
-            build.face(np.array([(x - .16, .78, z), (x + .16, .78, z), (x + .16, 1.0, z),
-                                 (x - .16, 1.0, z)]), colour, np.array([0, 1.5, 0]), 0.45)
-            build.lamp(x, .9, z, 0.34 if sign > 0 else 0.18,
-                       (255., 240., 205.) if sign > 0 else (255., 36., 24.))
-    for side in (-1.0, 1.0):
-        for z in (-half_l * .62, half_l * .62):
-            x = side * (half_w + .015)
-            build.disc((x, .5, z), .5, side, (22, 22, 23), 0.4)
-            build.disc((x + side * .01, .5, z), .26, side, (120, 122, 126), 0.5)
-    return build.build(), (half_w, half_l, height)

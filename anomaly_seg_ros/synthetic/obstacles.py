@@ -11,14 +11,13 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 import math
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.synthetic.camera import NEAR_M
 from anomaly_seg_ros.synthetic.canvas import Canvas, OBSTACLE
 from anomaly_seg_ros.synthetic.meshes import Mesh, MeshBuilder, paint_mesh, yaw_matrix
 from anomaly_seg_ros.synthetic.textures import blend, inflate, mip_levels, noise_crop
 from anomaly_seg_ros.synthetic.world import Item
+import cv2
+import numpy as np
 
 Rng = np.random.Generator
 

@@ -11,10 +11,9 @@ drives (``obstacles.py``), which training never sees.
 from collections.abc import Callable
 import math
 
+from anomaly_seg_ros.synthetic.textures import noise_crop
 import cv2
 import numpy as np
-
-from anomaly_seg_ros.synthetic.textures import noise_crop
 
 Rng = np.random.Generator
 

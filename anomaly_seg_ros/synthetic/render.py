@@ -4,9 +4,6 @@
 from functools import lru_cache
 import math
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.synthetic import world as w_
 from anomaly_seg_ros.synthetic.camera import FAR_M, Pose, View
 from anomaly_seg_ros.synthetic.canvas import Canvas, OBSTACLE
@@ -14,12 +11,14 @@ from anomaly_seg_ros.synthetic.meshes import (
     paint_mesh, shadow_polygon, vehicle, yaw_matrix)
 from anomaly_seg_ros.synthetic.obstacles import paint_obstacle
 from anomaly_seg_ros.synthetic.textures import (
-    foliage_sprite, house_mips, noise_tile, person_sprite, surface_mips)
+    foliage_sprite, hedge_mips, house_mips, noise_tile, person_sprite)
 from anomaly_seg_ros.synthetic.world import Item, World
+import cv2
+import numpy as np
 
 UP = np.array([0.0, 1.0, 0.0])
 # Distance from which things are drawn, metres; thin ones would be under a pixel or two before.
-_SEEN_TO_M = {'house': 260.0, 'tree': 260.0, 'lamp': 95.0, 'sign': 95.0, 'signal': 95.0,
+_SEEN_TO_M = {'house': 260.0, 'tree': 260.0, 'lamp': 95.0, 'sign': 95.0,
               'delineator': 70.0, 'person': 110.0}
 _TURN = np.arange(12) * (math.pi / 6)
 _CIRCLE = np.stack([np.cos(_TURN), np.zeros(12), np.sin(_TURN)], 1)
@@ -277,7 +276,7 @@ def _footprint(item: Item) -> tuple[float, float, float] | None:
         return 0.22, 0.22, item.size[2]
     if item.kind == 'obstacle':
         return item.size[1] / 2, item.size[0] / 2, item.size[2]
-    if item.kind in ('lamp', 'sign', 'signal'):
+    if item.kind in ('lamp', 'sign'):
         return 0.07, 0.07, item.size[2]
     return None
 
@@ -404,15 +403,10 @@ def _paint_house(canvas: Canvas, world: World, item: Item, time_s: float) -> Non
     canvas.plane(origin, across, -up, front, 1.0, light, w_.BUILDING)
 
 
-_STRIP_LABELS = {'brick': w_.WALL, 'plaster': w_.WALL, 'planks': w_.FENCE,
-                 'hedge': w_.VEGETATION}
-
-
-def _paint_strip(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
+def _paint_hedge(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
     view = canvas.view
     side = math.copysign(1, item.d)
-    label = _STRIP_LABELS[item.variant]
-    mips = surface_mips(item.variant, item.seed)
+    mips = hedge_mips(item.seed)
     up = np.array([0, item.size[2], 0])
     # In pieces, so that long strips follow the curve.
     pieces = max(1, round(item.size[0] / 12))
@@ -428,9 +422,10 @@ def _paint_strip(canvas: Canvas, world: World, item: Item, time_s: float) -> Non
         if k == 0 and near[2] > 0.5:
             origin, across = (near + up, thick) if side > 0 else (near + up + thick, -thick)
             canvas.plane(origin, across, -up, mips, 0.15,
-                         _tint(canvas, np.array([0., 0, -1])), label)
+                         _tint(canvas, np.array([0., 0, -1])), w_.VEGETATION)
         origin, across = (far + up, -along) if side > 0 else (near + up, along)
-        canvas.plane(origin, across, -up, mips, length / 4, _tint(canvas, normal), label)
+        canvas.plane(origin, across, -up, mips, length / 4, _tint(canvas, normal),
+                     w_.VEGETATION)
 
 
 def _paint_tree(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
@@ -456,9 +451,8 @@ def _paint_vehicle(canvas: Canvas, world: World, item: Item, time_s: float) -> N
     view = canvas.view
     s = item.at(time_s)
     mesh, _ = vehicle(item.variant, item.seed)
-    label = {'truck': w_.TRUCK, 'bus': w_.BUS}.get(item.variant, w_.CAR)
     turn = yaw_matrix(item.yaw + math.atan(view.tangent(s)))
-    paint_mesh(canvas, mesh, view.local(s, item.d), turn, label)
+    paint_mesh(canvas, mesh, view.local(s, item.d), turn, w_.CAR)
 
 
 def _post(canvas: Canvas, foot: np.ndarray, height: float, width: float,
@@ -535,28 +529,6 @@ def _paint_sign(canvas: Canvas, world: World, item: Item, time_s: float) -> None
         canvas.solid(ring(0.34, np.arange(3) * (2 * math.pi / 3)), white * light, w_.SIGN)
 
 
-def _paint_signal(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
-    view = canvas.view
-    foot = view.local(item.s, item.d)
-    if foot[2] < 0.6:
-        return
-    _post(canvas, foot, item.size[2], 0.15, (84, 88, 92), w_.POLE)
-    light = _tint(canvas, np.array([0.0, 0.0, -1.0]))
-    base = foot + (0, item.size[2] - 0.9, -0.12)
-    box = np.array([(-.19, 0, 0), (.19, 0, 0), (.19, 1.0, 0), (-.19, 1.0, 0)])
-    canvas.solid(base + box, np.array((30, 34, 32)) * light, w_.LIGHT)
-    angles = np.arange(10) * (2 * math.pi / 10)
-    phase = (item.seed + int(time_s / 4)) % 3
-    lamps = (((60, 230, 120), .18), ((250, 190, 40), .5), ((245, 46, 36), .82))
-    for k, (colour, height) in enumerate(lamps):
-        ring = base + (0, height, -0.02) + 0.125 * np.stack(
-            [np.cos(angles), np.sin(angles), 0 * angles], 1)
-        canvas.solid(ring, colour if k == phase else np.array(colour) * 0.22, w_.LIGHT)
-        if k == phase:
-            canvas.lamp(base + (0, height, -.02), 0.13,
-                        (float(colour[0]), float(colour[1]), float(colour[2])))
-
-
 def _paint_delineator(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
     foot = canvas.view.local(item.s, item.d)
     if foot[2] < 0.6:
@@ -568,32 +540,14 @@ def _paint_delineator(canvas: Canvas, world: World, item: Item, time_s: float) -
     canvas.solid(band, np.array((30, 30, 32)) * light, w_.POLE)
 
 
-def _paint_rail(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
-    """Paint a guard rail: posts every 4 m and a beam."""
-    view = canvas.view
-    side = math.copysign(1, item.d)
-    light = _tint(canvas, np.array([-side, 0.0, 0.0]))
-    start = max(item.s, view.pose.s + 0.5)
-    end = min(item.s + item.size[0], view.pose.s + 140)
-    marks = np.arange(math.floor(start / 4) * 4, end, 4.0)[::-1]
-    for s in marks:
-        a, b = view.local(max(s, start), item.d), view.local(min(s + 4, end), item.d)
-        if s > start:
-            _post(canvas, a, 0.7, 0.1, (112, 114, 116), w_.FENCE)
-        for low, high, shade in ((0.45, 0.76, 0.72), (0.52, 0.6, 1.0), (0.66, 0.74, 1.08)):
-            beam = np.array([a + (0, low, 0), b + (0, low, 0), b + (0, high, 0),
-                             a + (0, high, 0)])
-            canvas.solid(beam, np.array((168, 172, 176)) * light * shade, w_.FENCE)
-
-
 def _paint_obstacle_item(canvas: Canvas, world: World, item: Item, time_s: float) -> None:
     paint_obstacle(canvas, item)
 
 
 _PAINTERS = {
-    'house': _paint_house, 'strip': _paint_strip, 'tree': _paint_tree, 'person': _paint_person,
-    'vehicle': _paint_vehicle, 'lamp': _paint_lamp, 'sign': _paint_sign, 'signal': _paint_signal,
-    'delineator': _paint_delineator, 'rail': _paint_rail, 'obstacle': _paint_obstacle_item}
+    'house': _paint_house, 'hedge': _paint_hedge, 'tree': _paint_tree, 'person': _paint_person,
+    'vehicle': _paint_vehicle, 'lamp': _paint_lamp, 'sign': _paint_sign,
+    'delineator': _paint_delineator, 'obstacle': _paint_obstacle_item}
 
 
 @lru_cache(maxsize=8)
@@ -690,5 +644,3 @@ def make_view(world: World, pose: Pose, size_hw: tuple[int, int], focal: float,
     """Return a camera; ``focal`` in image widths, ``horizon`` in image heights from the top."""
     return View(pose, size_hw, focal * size_hw[1], horizon * size_hw[0], world.heading_s,
                 world.heading_rad)
-
-

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Procedural textures and sprites: noise, facades, walls, foliage and people.
+Procedural textures and sprites: noise, facades, hedges, foliage and people.
 
 Everything is a pure function of its arguments, so results may be cached freely. Textures are uint8
 RGB (h, w, 3); sprites are uint8 RGBA (h, w, 4) with colour already multiplied by alpha.
@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
-
 
 
 @lru_cache(maxsize=16)
@@ -150,31 +149,13 @@ def house_mips(seed: int, gable: bool, night: bool) -> tuple[list[np.ndarray], l
 
 
 @lru_cache(maxsize=64)
-def surface_mips(kind: str, seed: int) -> list[np.ndarray]:
-    """Return the mip levels of a tileable strip: 'brick', 'plaster', 'hedge' or 'planks'."""
+def hedge_mips(seed: int) -> list[np.ndarray]:
+    """Return the mip levels of a tileable strip of hedge, finest first."""
     rng = np.random.default_rng([seed, 31])
     h, w = 64, 256
-    if kind == 'brick':
-        image = np.full((h, w, 3), blend(rng, (120, 62, 48), (168, 104, 84)), np.float32)
-        for row in range(0, h, 8):
-            image[row:row + 8] *= rng.uniform(0.86, 1.1, (1, w // 16, 1)).repeat(16, 1)
-            image[row] = (165, 158, 148)
-            image[row:row + 8, (row // 8 % 2) * 8::16] = (165, 158, 148)
-    elif kind == 'plaster':
-        image = np.full((h, w, 3), rng.uniform(135, 205), np.float32)
-        image *= np.linspace(1.05, 0.82, h)[:, None, None]
-        image[:5] *= 0.75
-    elif kind == 'hedge':
-        base = blend(rng, (42, 74, 30), (70, 104, 44))
-        image = np.tile(base, (h, w, 1))
-        image *= 1 + 0.32 * noise_crop(rng, h, w, 0.5)[..., None]
-        image *= np.linspace(1.3, 0.6, h)[:, None, None]
-    elif kind == 'planks':
-        image = np.full((h, w, 3), blend(rng, (120, 96, 70), (188, 168, 140)), np.float32)
-        image *= rng.uniform(0.82, 1.12, (1, w // 8, 1)).repeat(8, 1)
-        image[:, ::8] *= 0.35
-    else:
-        raise ValueError(f"kind must be 'brick', 'plaster', 'hedge' or 'planks', got {kind!r}")
+    image = np.tile(blend(rng, (42, 74, 30), (70, 104, 44)), (h, w, 1))
+    image *= 1 + 0.32 * noise_crop(rng, h, w, 0.5)[..., None]
+    image *= np.linspace(1.3, 0.6, h)[:, None, None]
     image *= 1 + 0.06 * noise_crop(rng, h, w, 0.6)[..., None]
     return mip_levels(np.clip(image, 0, 255).astype(np.uint8))
 

@@ -4,19 +4,14 @@
 from dataclasses import dataclass, field
 import math
 
+from anomaly_seg_ros.synthetic.canvas import Lighting
+from anomaly_seg_ros.synthetic.textures import blend, house_size
 import cv2
 import numpy as np
 
-from anomaly_seg_ros.synthetic.canvas import Lighting
-from anomaly_seg_ros.synthetic.textures import blend, house_size
-
-
-ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON = (
-    range(12))
-CAR, TRUCK, BUS = 13, 14, 15
-
 # The train ids that occur in the synthetic world; the other Cityscapes classes stay unused.
-CLASSES_USED = (ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, TERRAIN, SKY, PERSON, CAR)
+CLASSES_USED = (ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, TERRAIN, SKY, PERSON, CAR) = (
+    0, 1, 2, 5, 7, 8, 9, 10, 11, 13)
 
 WEATHERS = ('clear', 'golden', 'overcast', 'dusk', 'fog', 'rain')
 SIDE_STYLES = ('urban', 'suburb', 'park', 'rural')
@@ -308,8 +303,8 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                                   side * (line + rng.uniform(3, 9)), pick(16),
                                   (0, 0, float(rng.uniform(6, 10))), variant='broadleaf')
                              for _ in range(3))
-                items.append(Item('strip', s, side * (line + 0.3), pick(4),
-                                  (length, 0.3, float(rng.uniform(1.2, 2.2))), variant='hedge'))
+                items.append(Item('hedge', s, side * (line + 0.3), pick(4),
+                                  (length, 0.3, float(rng.uniform(1.2, 2.2)))))
             s += length + (rng.uniform(2, 5) if rng.random() < 0.12 else 0.0)
         if rng.random() < 0.55:
             kind = str(rng.choice(['broadleaf', 'broadleaf', 'conifer']))
@@ -324,7 +319,7 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
             items.append(Item('house', s + 3, side * (garden + rng.uniform(4, 8)), seed,
                               house_size(seed, True), variant='gable'))
             if rng.random() < 0.6:
-                items.append(Item('strip', s, side * garden, pick(4),
+                items.append(Item('hedge', s, side * garden, pick(4),
                                   (length - 3.0, 0.5, float(rng.uniform(0.9, 1.8))),
                                   variant='hedge'))
             for _ in range(rng.integers(0, 4)):
@@ -352,8 +347,8 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
         if style == 'rural':
             _row(rng, items, 'delineator', side * (kerb + 0.6), far, 25.0, 0, '', (1.0, 1.0), 0.0)
         elif rng.random() < 0.4:
-            items.append(Item('strip', 0.0, side * (line + 0.4), pick(4),
-                              (far, 0.3, float(rng.uniform(0.8, 1.4))), variant='hedge'))
+            items.append(Item('hedge', 0.0, side * (line + 0.4), pick(4),
+                              (far, 0.3, float(rng.uniform(0.8, 1.4)))))
     if style != 'rural':
         if rng.random() < 0.8:
             _row(rng, items, 'lamp', side * (kerb + 0.5), far, rng.uniform(22, 36), 0, '',
@@ -369,9 +364,8 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
                       int(rng.integers(1000)), (0, 0, float(rng.uniform(2.2, 2.8))))
                  for s in np.arange(rng.uniform(5, 40), far, rng.uniform(18, 60))
                  if rng.random() < 0.7)
-    for s in crossings:
-        if rng.random() < 0.7:
-            items.append(Item('sign', s - 0.5, side * (kerb + 0.4), 4, (0, 0, 2.4)))
+    items.extend(Item('sign', s - 0.5, side * (kerb + 0.4), 4, (0, 0, 2.4))
+                 for s in crossings if rng.random() < 0.7)
     if parking:
         s = -rng.uniform(0, 12)
         full = rng.uniform(0.2, 0.9)
