@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Anomaly scores: pure functions on a network's raw outputs, higher is more anomalous.
+"""
+Anomaly scores: pure functions on a network's raw outputs, higher is more anomalous.
 
 What a network gives decides which table applies:
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 
 def msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Maximum softmax probability: ``1 - max_c p_c``, in [0, 1 - 1/C].
+    """
+    Maximum softmax probability: ``1 - max_c p_c``, in [0, 1 - 1/C].
 
     Hendrycks and Gimpel, A Baseline for Detecting Misclassified and Out-of-Distribution Examples
     in Neural Networks, ICLR 2017.
@@ -37,7 +39,8 @@ def msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
 
 
 def max_logit(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Maximum logit: ``-max_c f_c``, unbounded.
+    """
+    Maximum logit: ``-max_c f_c``, unbounded.
 
     Hendrycks et al., Scaling Out-of-Distribution Detection for Real-World Settings, ICML 2022.
     """
@@ -45,7 +48,8 @@ def max_logit(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
 
 
 def entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Entropy of the softmax in nats: ``-sum_c p_c ln p_c``, in [0, ln C].
+    """
+    Entropy of the softmax in nats: ``-sum_c p_c ln p_c``, in [0, ln C].
 
     Computed as ``logsumexp f - sum_c p_c f_c`` on logits shifted by their maximum, because
     ``p * log p`` is NaN where p underflows.
@@ -55,7 +59,8 @@ def entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
 
 
 def energy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Free energy: ``-T logsumexp(f)``, unbounded.
+    """
+    Free energy: ``-T logsumexp(f)``, unbounded.
 
     Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020, equation 4.
     """
@@ -63,7 +68,8 @@ def energy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
 
 
 def void(logits: 'Tensor', temperature: float = 1.0, *, channel: int) -> 'Tensor':
-    """Posterior of the void or background class: ``p_channel``, in [0, 1].
+    """
+    Posterior of the void or background class: ``p_channel``, in [0, 1].
 
     ``logits`` include that class. Blum et al., The Fishyscapes Benchmark, IJCV 2021 (void
     classifier); Hendrycks et al., ICML 2022 (background class).
@@ -74,7 +80,8 @@ def void(logits: 'Tensor', temperature: float = 1.0, *, channel: int) -> 'Tensor
 
 def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor',
                  temperature: float = 1.0) -> 'Tensor':
-    """Per-pixel class scores of a mask network: S (N, C, H, W), each >= 0, not normalised over C.
+    """
+    Per-pixel class scores of a mask network: S (N, C, H, W), each >= 0, not normalised over C.
 
     ``S_c(x) = sum_q softmax(cls_q / T)_c sigmoid(m_q(x))`` with "no object" dropped: Cheng et al.,
     Masked-attention Mask Transformer for Universal Image Segmentation, CVPR 2022 (semantic
@@ -84,7 +91,8 @@ def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor',
 
 
 def mask_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Maximum class score: ``1 - max_c S_c``, at most 1, negative where masks overlap.
+    """
+    Maximum class score: ``1 - max_c S_c``, at most 1, negative where masks overlap.
 
     The form used for mask networks by Nayal et al. (RbA, ICCV 2023) and Rai et al.
     (Mask2Anomaly, ICCV 2023).
@@ -94,7 +102,8 @@ def mask_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float =
 
 def mask_max_logit(class_logits: 'Tensor', mask_logits: 'Tensor',
                    temperature: float = 1.0) -> 'Tensor':
-    """Maximum mask-weighted class logit: ``-max_c sum_q (cls_qc / T) sigmoid(m_q)``, unbounded.
+    """
+    Maximum mask-weighted class logit: ``-max_c sum_q (cls_qc / T) sigmoid(m_q)``, unbounded.
 
     "No object" is dropped. The form of the PoliTo study of ERFNet and EoMT.
     """
@@ -109,7 +118,8 @@ def mask_entropy(class_logits: 'Tensor', mask_logits: 'Tensor',
 
 def mask_energy(class_logits: 'Tensor', mask_logits: 'Tensor',
                 temperature: float = 1.0) -> 'Tensor':
-    """Free energy of the class scores: ``-logsumexp_c S_c``, at most -ln C.
+    """
+    Free energy of the class scores: ``-logsumexp_c S_c``, at most -ln C.
 
     S in the place of logits, as Nayal et al. evaluate energy on Mask2Former.
     """
@@ -117,7 +127,8 @@ def mask_energy(class_logits: 'Tensor', mask_logits: 'Tensor',
 
 
 def rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Rejected by all: ``-sum_c tanh(S_c)``, in (-C, 0].
+    """
+    Rejected by all: ``-sum_c tanh(S_c)``, in (-C, 0].
 
     Nayal et al., RbA: Segmenting Unknown Regions Rejected by All, ICCV 2023, equation 5.
     """
@@ -126,7 +137,8 @@ def rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0)
 
 def polito_msp(class_logits: 'Tensor', mask_logits: 'Tensor',
                temperature: float = 1.0) -> 'Tensor':
-    """MSP as the PoliTo study's script has it: ``1 - max_{c < C-1} S_c / sum_k S_k``, in [0, 1].
+    """
+    MSP as the PoliTo study's script has it: ``1 - max_{c < C-1} S_c / sum_k S_k``, in [0, 1].
 
     S is normalised over all C classes, then the last real class is dropped as if it were
     "no object". For comparison with that study only.
@@ -137,7 +149,8 @@ def polito_msp(class_logits: 'Tensor', mask_logits: 'Tensor',
 
 def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor',
                temperature: float = 1.0) -> 'Tensor':
-    """Uncertainty of the queries, averaged over their masks, in [0, 1]: the PoliTo study's "RbA".
+    """
+    Uncertainty of the queries, averaged over their masks, in [0, 1]: the PoliTo study's "RbA".
 
     ``sum_q (1 - max_{c < C} softmax(cls_q / T)_c) sigmoid(m_q) / sum_q sigmoid(m_q)``; not the RbA
     of Nayal et al. For comparison with that study only.
@@ -149,7 +162,8 @@ def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor',
 
 
 def mean_msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Maximum probability of the mean posterior: ``1 - max_c mean_t p_tc``, in [0, 1 - 1/C].
+    """
+    Maximum probability of the mean posterior: ``1 - max_c mean_t p_tc``, in [0, 1 - 1/C].
 
     Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using Deep
     Ensembles, NeurIPS 2017.
@@ -168,7 +182,8 @@ def mean_energy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
 
 
 def predictive_entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Entropy in nats of the mean posterior: ``H[mean_t p_t]``, in [0, ln C].
+    """
+    Entropy in nats of the mean posterior: ``H[mean_t p_t]``, in [0, ln C].
 
     Gal, Uncertainty in Deep Learning, PhD thesis 2016, equation 3.21; Mukhoti and Gal, Evaluating
     Bayesian Deep Learning Methods for Semantic Segmentation, 2018.
@@ -177,7 +192,8 @@ def predictive_entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
 
 
 def mutual_information(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Disagreement of the samples: ``H[mean_t p_t] - mean_t H[p_t]`` in nats, in [0, ln C].
+    """
+    Disagreement of the samples: ``H[mean_t p_t] - mean_t H[p_t]`` in nats, in [0, ln C].
 
     Gal 2016, equation 3.24. The difference of two entropies: its error is that of an entropy,
     whatever its size.
@@ -187,7 +203,8 @@ def mutual_information(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
 
 
 def variance(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
-    """Variance of the posterior over the samples, mean over classes: ``mean_c Var_t p_tc``.
+    """
+    Variance of the posterior over the samples, mean over classes: ``mean_c Var_t p_tc``.
 
     In [0, 1/4]. Hendrycks et al., ICML 2022 (MC dropout).
     """
@@ -238,7 +255,8 @@ _TINY = 1.2e-38  # just above float32's smallest normal number
 
 
 def score_function(name: str, outputs: str | None = None) -> Callable[..., 'Tensor']:
-    """Return the score called ``name`` for networks that give ``outputs``.
+    """
+    Return the score called ``name`` for networks that give ``outputs``.
 
     ``outputs`` is a key of ``TABLES``; None takes the first table that has the name, which tells
     whether there is such a score at all.
@@ -276,7 +294,8 @@ def _shifted(logits: 'Tensor', temperature: float) -> 'Tensor':
 
 
 def _exponentials(logits: 'Tensor', temperature: float) -> 'tuple[Tensor, Tensor, Tensor]':
-    """Return f - max f, its exponential, and the sum of the exponentials but for one maximum.
+    """
+    Return f - max f, its exponential, and the sum of the exponentials but for one maximum.
 
     That sum is what 1 - max p is made of; taken as (sum of all) - 1 it would lose every digit
     where the network is sure of itself.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read weights from files without ever executing what is in them."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 import pickle
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
-    """Read a state dict from ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``.
+    """
+    Read a state dict from ``.safetensors``, ``.pth``, ``.pt`` or ``.bin``.
 
     Checkpoints that keep the state dict under ``state_dict`` or ``model`` are accepted, and so is
     the ``module.`` prefix of DataParallel. Pickled code is never executed: torch reads with
@@ -59,28 +61,42 @@ def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
     return state
 
 
-def fit_state_dict(network: 'nn.Module', state: 'dict[str, Tensor]', path: Path | str) -> None:
+def fit_state_dict(network: 'nn.Module', state: 'Mapping[str, Tensor]', path: Path | str) -> None:
     """Load ``state`` into ``network``; an error says which keys do not fit."""
+    own = network.state_dict()
+    check_fit(type(network).__name__, path,
+              missing=own.keys() - state.keys(), unexpected=state.keys() - own.keys(),
+              wrong=[(key, own[key].shape, state[key].shape)
+                     for key in own.keys() & state.keys() if own[key].shape != state[key].shape])
+    check_finite(state, path)
+    network.load_state_dict(state)
+
+
+def check_fit(network: str, path: Path | str, missing: Iterable[str], unexpected: Iterable[str],
+              wrong: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """
+    Raise UserError if any key is missing, unexpected or of another shape.
+
+    ``wrong`` holds (key, the network's shape, the file's shape).
+    """
+    shapes = [f'{key}: expected {tuple(own)}, got {tuple(given)}' for key, own, given in wrong]
+    parts = [f'{len(keys)} {what} ({_some(sorted(keys))})' for keys, what in
+             ((list(missing), 'missing'), (list(unexpected), 'unexpected'),
+              (shapes, 'of another shape')) if keys]
+    if parts:
+        raise UserError(f'{path}: weights do not fit {network}: keys {"; ".join(parts)}. Give the '
+                        'weights of this network, or name the network they belong to.')
+
+
+def check_finite(state: 'Mapping[str, Tensor]', path: Path | str) -> None:
+    """Raise UserError if any weight is NaN or infinite."""
     import torch
 
-    own = network.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    wrong = [f'{key}: expected {tuple(own[key].shape)}, got {tuple(state[key].shape)}'
-             for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or unexpected or wrong:
-        parts = [f'{len(keys)} {what} ({_some(keys)})' for what, keys in
-                 (('missing', missing), ('unexpected', unexpected), ('of another shape', wrong))
-                 if keys]
-        raise UserError(f'{path}: weights do not fit {type(network).__name__}: keys '
-                        f'{"; ".join(parts)}. Give the weights of this network, or name the '
-                        'network they belong to.')
     bad = sorted(key for key, value in state.items()
                  if value.is_floating_point() and not torch.isfinite(value).all())
     if bad:
         raise UserError(f'{path}: weights with NaN or infinity ({_some(bad)}). Use another '
                         'checkpoint.')
-    network.load_state_dict(state)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ERFNet, and its published Cityscapes weights.
+"""
+ERFNet, and its published Cityscapes weights.
 
 Romera, Alvarez, Bergasa and Arroyo, ERFNet: Efficient Residual Factorized ConvNet for Real-time
 Semantic Segmentation, IEEE T-ITS 2018. Module names follow the authors' checkpoints

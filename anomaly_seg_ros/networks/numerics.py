@@ -6,7 +6,8 @@ from functools import lru_cache
 
 @lru_cache(maxsize=1)
 def settle_vector_math() -> None:
-    """Call each of torch's vector functions once on one element; later calls cost nothing.
+    """
+    Call each of torch's vector functions once on one element; later calls cost nothing.
 
     torch 2.13 carries a version of Intel's MKL that picks its kernel in a function's first call;
     where several threads make that call at once, one of them may compute its share with errors of

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows a network's body in the exported graph: labels and score, samples, ensembles."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+from anomaly_seg_ros.scores import class_scores, mean_posterior
+import torch
+from torch import nn, Tensor
+import torch.nn.functional as F
+
+Score = Callable[..., Tensor]
+
+
+class LogitsHead(nn.Module):
+    """
+    Labels and score of per-pixel logits.
+
+    Parameters
+    ----------
+    body
+        Image (1, 3, H, W) -> logits (1, C, h, w).
+    score
+        A function on logits.
+    upsample
+        Interpolate the logits bilinearly to (H, W) first.
+    hidden_channel
+        Channel that is no class: seen by the score, never a label. It must be the last one.
+
+    """
+
+    def __init__(self, body: nn.Module, score: Score, upsample: bool,
+                 hidden_channel: bool = False) -> None:
+        super().__init__()
+        self.body = body
+        self.score = score
+        self.upsample = upsample
+        self.hidden_channel = hidden_channel
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels uint8 (1, h, w) and score float32 (1, h, w)."""
+        logits = self.body(image).float()
+        if self.upsample:
+            logits = resize(logits, image.shape[-2:])
+        known = logits[:, :-1] if self.hidden_channel else logits
+        return known.argmax(dim=1).to(torch.uint8), self.score(logits)
+
+
+class MasksHead(nn.Module):
+    """
+    Labels and score of mask classification.
+
+    Parameters
+    ----------
+    body
+        Image (1, 3, H, W) -> class logits (1, Q, C + 1), mask logits (1, Q, h, w).
+    score
+        A function on class logits and mask logits.
+    upsample
+        Resize as the library does: mask logits to ``mask_size_hw``, class scores to (H, W).
+    mask_size_hw
+        None for (H, W).
+
+    """
+
+    def __init__(self, body: nn.Module, score: Score, upsample: bool,
+                 mask_size_hw: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.body = body
+        self.score = score
+        self.upsample = upsample
+        self.mask_size_hw = mask_size_hw
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels uint8 (1, h, w) and score float32 (1, h, w)."""
+        class_logits, mask_logits = (output.float() for output in self.body(image))
+        size = image.shape[-2:]
+        if self.upsample:
+            mask_logits = resize(mask_logits, self.mask_size_hw or size)
+        classes = class_scores(class_logits, mask_logits)
+        anomaly = self.score(class_logits, mask_logits)
+        if self.upsample:
+            classes = resize(classes, size)
+            anomaly = resize(anomaly[:, None], size)[:, 0]
+        return classes.argmax(dim=1).to(torch.uint8), anomaly
+
+
+class SamplesHead(nn.Module):
+    """
+    Labels and score of several opinions on one image.
+
+    Parameters
+    ----------
+    body
+        Image (1, 3, H, W) -> logits (T, C, h, w).
+    score
+        A function on such samples.
+    upsample
+        Interpolate the logits bilinearly to (H, W) first.
+    temperature
+        Divides the logits; it can move the label, the class of largest mean posterior.
+
+    """
+
+    def __init__(self, body: nn.Module, score: Score, upsample: bool, temperature: float) -> None:
+        super().__init__()
+        self.body = body
+        self.score = score
+        self.upsample = upsample
+        self.temperature = temperature
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels uint8 (1, h, w) and score float32 (1, h, w)."""
+        logits = self.body(image).float()
+        if self.upsample:
+            logits = resize(logits, image.shape[-2:])
+        labels = mean_posterior(logits, self.temperature).argmax(dim=1)
+        return labels.to(torch.uint8), self.score(logits)
+
+
+class Ensemble(nn.Module):
+    """Several networks' logits, one after the other along the batch axis."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image (1, 3, H, W) -> logits (T, C, h, w)."""
+        return torch.cat([member(image) for member in self.members])
+
+
+class MasksAsLogits(nn.Module):
+    """A mask network as one of per-pixel logits ln S_c, whose softmax is S normalised."""
+
+    def __init__(self, body: nn.Module, mask_size_hw: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.body = body
+        self.mask_size_hw = mask_size_hw
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image (1, 3, H, W) -> logits (1, C, h, w)."""
+        class_logits, mask_logits = self.body(image)
+        mask_logits = resize(mask_logits.float(), self.mask_size_hw or image.shape[-2:])
+        return class_scores(class_logits, mask_logits).clamp_min(1e-30).log()
+
+
+class FixedDropout(nn.Module):
+    """
+    Dropout of whole channels with T masks drawn once, one for each sample of the batch.
+
+    Parameters
+    ----------
+    masks
+        (T, C): 0, or 1 / (1 - p).
+
+    """
+
+    def __init__(self, masks: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('masks', masks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1 or T, C, H, W) or (1 or T, L, C) -> the same with T samples."""
+        masks = self.masks[:, :, None, None] if x.ndim == 4 else self.masks[:, None]
+        return x * masks.to(x.dtype)
+
+
+def monte_carlo(body: nn.Module, image_shape: tuple[int, ...], passes: int,
+                seed: int) -> nn.Module:
+    """
+    Return a copy of ``body`` whose dropout layers act, with ``passes`` fixed masks each.
+
+    The layers before the first dropout run once for all passes. Every layer drops whole channels,
+    also those that drop single elements in training: masks of single elements would be as large
+    as the activations. The masks are part of the graph, so equal frames give equal scores.
+
+    Parameters
+    ----------
+    body
+        Network in evaluation mode.
+    image_shape
+        Shape of an input that it takes; used to find the layers' widths.
+    passes, seed
+        Number of masks and seed of their generator.
+
+    """
+    body = deepcopy(body)
+    layers = {name: module for name, module in body.named_modules() if is_dropout(module)}
+    channels: dict[str, int] = {}
+    hooks = [module.register_forward_pre_hook(
+        lambda _, inputs, name=name: channels.setdefault(
+            name, inputs[0].shape[1 if inputs[0].ndim == 4 else -1]))
+        for name, module in layers.items()]
+    with torch.inference_mode():
+        body(torch.zeros(image_shape))
+    for hook in hooks:
+        hook.remove()
+    generator = torch.Generator().manual_seed(seed)
+    for name, width in channels.items():
+        keep = 1 - layers[name].p
+        masks = (torch.rand(passes, width, generator=generator) < keep).float() / keep
+        parent, _, leaf = name.rpartition('.')
+        setattr(body.get_submodule(parent), leaf, FixedDropout(masks))
+    return body.eval()
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Tell whether ``module`` drops activations in training."""
+    return isinstance(module, (nn.Dropout, nn.Dropout2d)) and module.p > 0
+
+
+def resize(x: Tensor, size_hw: Sequence[int]) -> Tensor:
+    """Resize (N, C, h, w) bilinearly with half-pixel centres; nothing to do at equal sizes."""
+    if tuple(x.shape[-2:]) == tuple(size_hw):
+        return x
+    return F.interpolate(x, size=tuple(size_hw), mode='bilinear', align_corners=False)
