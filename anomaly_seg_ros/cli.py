@@ -414,12 +414,21 @@ def compare_command(runs: tuple[Path, ...], output: Path, resamples: int, level:
     comparison = compare_runs(list(runs), resamples=resamples, level=level, seed=seed,
                               common_frames=common_frames)
     header, rows = comparison_table(comparison)
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*row)
+    # Short columns, for 80 characters; the last two are in the files only.
+    table = Table(header[0], '', box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in header[2:6]:
+        table.add_column(name, justify='right', no_wrap=True)
+    for row, above in zip(rows, [None, *rows], strict=False):
+        new = above is None or row[0] != above[0]
+        if new:
+            table.add_row()
+        table.add_row(row[0] if new else '', str(1 + comparison.runs.index(row[1])), *row[2:6])
     OUT.print(table)
+    for number, name in enumerate(comparison.runs, 1):
+        OUT.print(f'{number}  {name}{" (baseline)" if number == 1 else ""}', highlight=False,
+                  markup=False, soft_wrap=True)
     for path in write_comparison(comparison, output):
-        OUT.print(str(path), highlight=False)
+        OUT.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 @cli.command('submit')

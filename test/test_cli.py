@@ -242,6 +242,36 @@ def test_wrong_weights_exit_1_and_leave_no_file(real_data: Path, tmp_path: Path)
     assert not (tmp_path / 'm.onnx').exists()
 
 
+def test_compare_prints_and_writes_the_figures_of_both_runs(tmp_path: Path) -> None:
+    """The first run is the baseline; runs over other frames are refused with their names."""
+    rng = np.random.default_rng(5)
+    for method, frames in ('a', 4), ('b', 4), ('c', 3):
+        scores, masks = tmp_path / method / 'scores', tmp_path / method / 'masks'
+        scores.mkdir(parents=True)
+        masks.mkdir()
+        for index in range(frames):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[4:20, 4:20] = 1
+            noise = rng.normal(size=mask.shape) * (0.5 if method == 'a' else 2.0)
+            np.save(scores / f'{index}.npy', (mask + noise).astype(np.float32))
+            np.save(masks / f'{index}.npy', mask)
+        result = run('metrics', scores, masks, '--output', tmp_path / f'run_{method}')
+        assert result.returncode == 0, result.stderr
+    result = run('compare', tmp_path / 'run_a', tmp_path / 'run_b', '--output', tmp_path / 'both',
+                 '--resamples', '200')
+    assert result.returncode == 0, result.stderr
+    aps = [json.loads((tmp_path / f'run_{method}' / 'metrics.json').read_text())['pixel'][
+        'average_precision'] for method in 'ab']
+    for figure in (*(f'{ap:.4f}' for ap in aps), f'{aps[1] - aps[0]:+.4f}', 'run_a (baseline)'):
+        assert figure in result.stdout
+    assert all(len(line.rstrip()) <= 80 for line in result.stdout.splitlines()[:20])
+    assert (tmp_path / 'both' / 'comparison.csv').stat().st_size > 100
+    assert 'run_b' in (tmp_path / 'both' / 'comparison.html').read_text()
+    result = run('compare', tmp_path / 'run_a', tmp_path / 'run_c', '--output', tmp_path / 'no')
+    assert result.returncode == 1
+    assert 'run_c' in result.stderr and 'different frames' in ' '.join(result.stderr.split())
+
+
 def test_image_ood_tells_a_domain_by_its_frames(tiny_model: Path, small_benchmark: Path,
                                                 tmp_path: Path) -> None:
     """The AUROC printed and written is scikit-learn's of the columns of per_frame.csv."""
