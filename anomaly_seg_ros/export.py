@@ -13,7 +13,7 @@ from typing import Any, TYPE_CHECKING
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
-from anomaly_seg_ros.fused import fuse
+from anomaly_seg_ros.fused import fuse, score_parameters
 from anomaly_seg_ros.graph_variants import check_half, half_body, on_device
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
@@ -41,7 +41,7 @@ class ExportRequest:
     Attributes
     ----------
     network, weights
-        Name of the network and file of its weights.
+        Name of the network, and its weights: file, folder or model id; several make an ensemble.
     score, temperature
         Anomaly score to fuse in, and the temperature that divides the logits.
     input_size_hw
@@ -65,7 +65,7 @@ class ExportRequest:
     """
 
     network: str
-    weights: Path
+    weights: Path | str | Sequence[Path | str]
     score: str = 'max_logit'
     input_size_hw: tuple[int, int] = (512, 1024)
     temperature: float = 1.0
@@ -109,7 +109,7 @@ def export_model(request: ExportRequest, output: Path | str,
 
     started = time.perf_counter()
     _check_request(request, frames, gate)
-    network = load_network(request.network, request.weights)
+    network = load_network(request.network, request.weights, request.input_size_hw)
     check_size(request.input_size_hw, network)
     frames = list(islice(check_frames() if frames is None else frames, 64))
     if not frames:
@@ -155,8 +155,9 @@ def build_module(network: LoadedNetwork, card: ModelCard) -> 'nn.Module':
     import torch
 
     if card.precision == 'fp16':
-        network = replace(network, module=half_body(network.module))
-    fused = fuse(network, card.score, card.temperature)
+        network = network.transformed(half_body)
+    parameters = {name: int(value) for name, value in card.score_parameters.items()}
+    fused = fuse(network, card.score, card.temperature, **parameters)
     if card.input_variant == 'host':
         return fused
     with torch.inference_mode():
@@ -233,8 +234,8 @@ def threshold_and_range(threshold: float | None, score_range: tuple[float, float
     """Return what is given, else the 99th percentile and the 1 % to 99.9 % range of the score."""
     scores = np.concatenate([output.anomaly.ravel() for output in reference])
     if not np.isfinite(scores).all():
-        raise UserError('the score of these weights is not finite on the check frames; they cannot '
-                        'be exported with this score. No file was written.')
+        raise UserError('the score of these weights is not finite on the check frames; they '
+                        'cannot be exported with this score. No file was written.')
     low, middle, high = (float(v) for v in np.quantile(scores, (0.01, 0.99, 0.999)))
     source = 'given at export'
     if threshold is None:
@@ -292,7 +293,8 @@ def _draft_card(request: ExportRequest, network: LoadedNetwork) -> ModelCard:
         frame_channel_order=request.frame_channel_order if device else 'rgb',
         score=request.score, threshold=0.0, threshold_source='', score_range=(0.0, 1.0),
         void_index=network.void_index, channel_order=network.channel_order, mean=network.mean,
-        std=network.std, temperature=request.temperature, precision=request.precision,
+        std=network.std, score_parameters=score_parameters(network, request.score),
+        temperature=request.temperature, precision=request.precision,
         weights_source=network.weights_source, weights_sha256=network.weights_sha256,
         licence=network.licence)
 

@@ -37,7 +37,7 @@ class TorchBackend(Backend):
         return None if weights.exists() else (f'it needs the weights, which are not at {weights}; '
                                               'give the backend\'s option "weights"')
 
-    def __init__(self, model: ModelFile, threads: int = 0, weights: Path | None = None,
+    def __init__(self, model: ModelFile, threads: int = 0, weights: Path | str | None = None,
                  device: str = 'cpu', cuda_graph: bool = True) -> None:
         """
         Build the network again.
@@ -49,7 +49,7 @@ class TorchBackend(Backend):
         threads
             CPU threads; 0 takes as many as this process may use cores.
         weights
-            File of the weights; by default the file of the card's name beside the model.
+            File, folder or model id; by default what the card names, beside the model.
         device
             ``cpu`` or ``cuda``.
         cuda_graph
@@ -73,7 +73,8 @@ class TorchBackend(Backend):
             raise UserError(f'{model.path}: PyTorch has no graph for int8; the reference of an '
                             'int8 model is its float32 one.')
         self.card = model.card
-        network = load_network(model.card.network, weights or default_weights(model))
+        network = load_network(model.card.network, weights or default_weights(model),
+                               model.card.input_size_hw)
         if network.weights_sha256 != model.card.weights_sha256:
             raise UserError(f'{weights or default_weights(model)}: not the weights of '
                             f'{model.path} (SHA-256 {network.weights_sha256[:12]}, the card says '
