@@ -124,7 +124,7 @@ def export_onnx(request: OnnxExportRequest, output: Path | str,
     reference = [reference_answer(x, request.score, request.temperature) for x in raw]
     card = replace(card, output_size_hw=reference[0].labels.shape,
                    **threshold_and_range(request.threshold, request.score_range, reference))
-    _append_head(model, logits, request, size_hw, reference[0].labels.shape)
+    append_head(model, logits, request, size_hw, reference[0].labels.shape)
     try:
         onnx.checker.check_model(model)
         graph = model.SerializeToString()
@@ -302,7 +302,7 @@ def _run_logits(model: Any, logits: str, inputs: Sequence[np.ndarray],
     return [np.asarray(x[0][keep]) for x in outputs]
 
 
-def _append_head(model: Any, logits: str, request: OnnxExportRequest, size_hw: tuple[int, int],
+def append_head(model: Any, logits: str, request: OnnxExportRequest, size_hw: tuple[int, int],
                  output_hw: tuple[int, ...]) -> None:
     """Add labels and anomaly behind the logits and make them the only outputs."""
     from onnx import helper, numpy_helper, TensorProto

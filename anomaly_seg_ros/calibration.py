@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Set a model file's temperature and threshold on frames of the user's own.
+
+The temperature (Guo et al., On Calibration of Modern Neural Networks, ICML 2017) minimises the
+negative log likelihood of labelled pixels. The threshold is a quantile of the score over
+in-distribution pixels (so many false positives, no more), over anomalous ones (so many found, no
+fewer), or that of the best F1.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.classes import UNLABELLED
+from anomaly_seg_ros.datasets.frame import Frame
+from anomaly_seg_ros.datasets.source import FrameSource
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.files import atomic_write_bytes
+from anomaly_seg_ros.metrics.calibration import Calibration
+from anomaly_seg_ros.metrics.pixel import PixelCurve
+from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile, seal_model
+from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.preprocess import Preprocessor
+import cv2
+import numpy as np
+
+CRITERIA = ('fpr', 'tpr', 'best-f1')
+PIXELS_PER_FRAME = 100_000
+_SEED = 0
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """
+    What to set, and by which criterion.
+
+    Attributes
+    ----------
+    temperature
+        ``fit``: on the frames' labels; ``keep``; or a number. None fits where the frames have
+        labels and the score is changed by it (all but max_logit), else keeps.
+    criterion
+        ``fpr``: the lowest threshold with at most ``rate`` of the in-distribution pixels above;
+        ``tpr``: the highest with at least ``rate`` of the anomalous ones above; ``best-f1``.
+    rate
+        A fraction in (0, 1).
+
+    """
+
+    temperature: str | float | None = None
+    criterion: str = 'fpr'
+    rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.criterion not in CRITERIA:
+            raise ValueError(f'criterion must be one of {CRITERIA}, got {self.criterion!r}')
+        if not 0 < self.rate < 1:
+            raise ValueError(f'rate must be between 0 and 1, got {self.rate}')
+        if isinstance(self.temperature, str) and self.temperature not in ('fit', 'keep'):
+            raise ValueError(f'temperature must be fit, keep or a number, '
+                             f'got {self.temperature!r}')
+        if isinstance(self.temperature, float) and not (
+                np.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f'temperature must be positive, got {self.temperature}')
+
+
+def calibrate(model: Path | str, source: FrameSource, output: Path | str,
+              request: CalibrationRequest | None = None, *, backend: str = 'cpu',
+              threads: int = 0, limit: int | None = None,
+              progress: Progress | None = None) -> ModelCard:
+    """
+    Write a copy of a model file with its temperature and threshold set, and return its card.
+
+    Parameters
+    ----------
+    model, output
+        The model file and the one to write.
+    source
+        Frames of the camera, or of a benchmark. Frames without an anomaly mask count as
+        in-distribution everywhere.
+    request
+        What to set.
+    backend, threads
+        Which backend, and its threads.
+    limit
+        Take only this many frames, from the first.
+    progress
+        Called with (what, done, total).
+
+    Raises
+    ------
+    UserError
+        If the frames lack what the request needs, or the graph has no logits to divide.
+
+    """
+    request = request or CalibrationRequest()
+    model_file = load_model_file(model)
+    total = min(len(source), limit or len(source))
+    notes: dict[str, Any] = {'data': source.name, 'frames': total}
+    temperature = request.temperature
+    if temperature is None:
+        fit = model_file.card.score != 'max_logit' and source[0].labels is not None
+        temperature = 'fit' if fit else 'keep'
+    if temperature != 'keep':
+        if temperature == 'fit':
+            temperature, notes['temperature_fit'] = fit_temperature(
+                model_file, _frames(source, total, 'temperature', progress))
+        model_file = with_temperature(model_file, float(temperature))
+    threshold, text, score_range = _choose_threshold(
+        model_file, _frames(source, total, 'threshold', progress), request, backend, threads)
+    card = replace(
+        model_file.card, threshold=threshold, score_range=score_range,
+        threshold_source=f'{text} of {source.name}, {total} frames, at most {PIXELS_PER_FRAME} '
+                         'random pixels each',
+        provenance={**model_file.card.provenance, 'calibration': notes})
+    atomic_write_bytes(output, seal_model(model_file.data, card))
+    return card
+
+
+def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, dict[str, float]]:
+    """
+    Return the temperature of least negative log likelihood, and figures before and after.
+
+    Labels are compared at the network's own output size, where the logits are; at most
+    ``PIXELS_PER_FRAME`` random pixels of each frame are used.
+    """
+    import onnxruntime
+
+    bare, logits_name = _bare_graph(model)
+    session = onnxruntime.InferenceSession(bare.SerializeToString(),
+                                           providers=['CPUExecutionProvider'])
+    preprocess = Preprocessor(model.card)
+    rng = np.random.default_rng(_SEED)
+    logits, labels = [], []
+    for frame in frames:
+        if frame.labels is None:
+            raise UserError(f'frame {frame.frame_id} has no labels, which the temperature is '
+                            'fitted on; choose a labelled data set or --temperature keep')
+        raw = session.run([logits_name], {'image': preprocess(frame.image_rgb)})[0][0]
+        truth = cv2.resize(frame.labels, raw.shape[:0:-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        chosen = _draw(rng, np.flatnonzero(truth.ravel() != UNLABELLED))
+        logits.append(raw.reshape(len(raw), -1)[:, chosen].T.astype(np.float64))
+        labels.append(truth.ravel()[chosen])
+    f, y = np.concatenate(logits), np.concatenate(labels).astype(np.int64)
+    if not len(y):
+        raise UserError('no labelled pixel in these frames; the temperature cannot be fitted')
+    if y.max() >= f.shape[1]:
+        raise UserError(f'label {y.max()} is none of the {f.shape[1]} classes of this model')
+    temperature = minimise_nll(f, y)
+    figures = {}
+    for name, value in (('before', 1.0), ('after', temperature)):
+        figures[f'nll_{name}'] = negative_log_likelihood(f, y, value)
+        p = np.exp(f / value - _logsumexp(f / value)[:, None])
+        calibration = Calibration(samples_per_frame=None)
+        calibration.update(0, p.max(1)[None].astype(np.float32),
+                           f.argmax(1)[None].astype(np.uint8), y[None].astype(np.uint8), 'pooled')
+        figures[f'ece_{name}'] = float(calibration.result().ece or 0.0)
+    return temperature, figures
+
+
+def minimise_nll(logits: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Return the temperature in [0.05, 20] that minimises the negative log likelihood.
+
+    The likelihood is convex in 1 / T, so a ternary search finds the one minimum.
+
+    Parameters
+    ----------
+    logits
+        float64 (N, C).
+    labels
+        integers (N,), below C.
+
+    """
+    low, high = 1 / 20, 1 / 0.05
+    for _ in range(60):
+        left, right = low + (high - low) / 3, high - (high - low) / 3
+        if negative_log_likelihood(logits, labels, 1 / left) \
+                < negative_log_likelihood(logits, labels, 1 / right):
+            high = right
+        else:
+            low = left
+    return 2 / (low + high)
+
+
+def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float) -> float:
+    """Return the mean of ``-ln softmax(logits / T)`` at the labels; arguments as above."""
+    scaled = logits / temperature
+    return float((_logsumexp(scaled) - scaled[np.arange(len(labels)), labels]).mean())
+
+
+def with_temperature(model: ModelFile, temperature: float) -> ModelFile:
+    """Return the model with its score computed from logits divided by ``temperature``."""
+    from anomaly_seg_ros.export_onnx import append_head, OnnxExportRequest
+
+    bare, logits_name = _bare_graph(model)
+    card = replace(model.card, temperature=temperature)
+    append_head(bare, logits_name, OnnxExportRequest(
+        weights=model.path, classes=card.classes, score=card.score, temperature=temperature),
+        card.input_size_hw, card.output_size_hw)
+    return ModelFile(model.path, '', card, seal_model(bare.SerializeToString(), card))
+
+
+def _bare_graph(model: ModelFile) -> tuple[Any, str]:
+    """Return the graph with its logits as the only output, and their name."""
+    from anomaly_seg_ros.export_onnx import SCORES
+    import onnx
+
+    if model.card.score not in SCORES or model.card.input_variant != 'host':
+        raise UserError(f'{model.path}: the temperature can be set afterwards for host models '
+                        f'with the scores {", ".join(SCORES)}; this is a '
+                        f'{model.card.input_variant} model with {model.card.score}. Export it '
+                        'again with --temperature, or use --temperature keep.')
+    graph = onnx.load_model_from_string(model.data)
+    arg_max = [node for node in graph.graph.node if node.op_type == 'ArgMax']
+    if len(arg_max) != 1:
+        raise UserError(f'{model.path}: expected one ArgMax over the logits, found '
+                        f'{len(arg_max)}. Use --temperature keep.')
+    del graph.graph.output[:]
+    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(arg_max[0].input[0]))
+    for name in ('labels', 'anomaly'):  # these names are given anew
+        for node in graph.graph.node:
+            for index, output in enumerate(node.output):
+                if output == name:
+                    node.output[index] = f'previous_{name}'
+    return graph, str(arg_max[0].input[0])
+
+
+def _choose_threshold(model: ModelFile, frames: Iterator[Frame], request: CalibrationRequest,
+                      backend: str, threads: int
+                      ) -> tuple[float, str, tuple[float, float]]:
+    """Return the threshold, how it was chosen, and the range of the scores."""
+    rng = np.random.default_rng(_SEED)
+    known: list[np.ndarray] = []
+    anomalous: list[np.ndarray] = []
+    with open_backend(model, backend, threads=threads) as device:
+        pipeline = Pipeline(device)
+        for frame in frames:
+            scores = pipeline(frame.image_rgb).anomaly.ravel()
+            mask = np.zeros_like(scores, np.uint8) if frame.anomaly_mask is None \
+                else frame.anomaly_mask.ravel()
+            for kept, code in ((known, 0), (anomalous, 1)):
+                kept.append(scores[_draw(rng, np.flatnonzero(mask == code))])
+    negatives, positives = np.sort(np.concatenate(known)), np.sort(np.concatenate(anomalous))
+    if not negatives.size:
+        raise UserError('no in-distribution pixel in these frames')
+    low, high = (float(v) for v in np.quantile(np.concatenate([negatives, positives]),
+                                               (0.01, 0.999)))
+    score_range = (low, high if high - low > 1e-6 else low + 1.0)
+    if request.criterion == 'fpr':
+        # The next float above the quantile: at most the rate is >= it.
+        value = np.quantile(negatives, 1 - request.rate, method='higher')
+        threshold = float(np.nextafter(np.float32(value), np.float32(np.inf)))
+        return threshold, (f'calibrated: {request.rate:.3g} of the in-distribution pixels at or '
+                           'above'), score_range
+    if not positives.size:
+        raise UserError(f'criterion {request.criterion} needs anomalous pixels, and these frames '
+                        'have none; use --criterion fpr')
+    if request.criterion == 'tpr':
+        threshold = float(np.quantile(positives, 1 - request.rate, method='lower'))
+        return threshold, (f'calibrated: {request.rate:.3g} of the anomalous pixels at or '
+                           'above'), score_range
+    f1, threshold = PixelCurve.of(positives, negatives).best_f1()
+    return threshold, f'calibrated: best F1 ({f1:.3f})', score_range
+
+
+def _frames(source: Sequence[Frame] | FrameSource, total: int, what: str,
+            progress: Progress | None) -> Iterator[Frame]:
+    for index in range(total):
+        yield source[index]
+        if progress is not None:
+            progress(what, index + 1, total)
+
+
+def _draw(rng: np.random.Generator, indices: np.ndarray) -> np.ndarray:
+    """Return at most ``PIXELS_PER_FRAME`` of ``indices``, drawn at random."""
+    if len(indices) <= PIXELS_PER_FRAME:
+        return indices
+    return rng.choice(indices, PIXELS_PER_FRAME, replace=False)
+
+
+def _logsumexp(values: np.ndarray) -> np.ndarray:
+    """Return ln sum exp over the last axis of (N, C), without overflow."""
+    top = values.max(1)
+    return np.asarray(top + np.log(np.exp(values - top[:, None]).sum(1)))

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Temperature and threshold against scipy and against their definitions."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.calibration import (
+    calibrate, CalibrationRequest, minimise_nll, negative_log_likelihood, with_temperature)
+from anomaly_seg_ros.datasets import open_dataset
+from anomaly_seg_ros.datasets.frame import Frame
+from anomaly_seg_ros.datasets.source import FrameSource
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.export_onnx import reference_answer
+from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.pipeline import Pipeline
+import cv2
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+
+
+class Labelled(FrameSource):
+    """Noise frames with the labels that a hotter softmax would draw."""
+
+    name = 'labelled'
+    root = Path('memory')
+
+    def __init__(self, count: int = 3) -> None:
+        rng = np.random.default_rng(5)
+        self._frames = []
+        for index in range(count):
+            coarse = rng.integers(0, 256, (12, 20, 3), dtype=np.uint8)
+            image = cv2.resize(coarse, (160, 96), interpolation=cv2.INTER_CUBIC)
+            labels = rng.integers(0, 19, (96, 160), dtype=np.uint8)
+            labels[:10] = 255
+            self._frames.append(Frame(str(index), image, None, labels))
+
+    @property
+    def frame_ids(self) -> list[str]:
+        """Names of the frames."""
+        return [frame.frame_id for frame in self._frames]
+
+    def __getitem__(self, index: int) -> Frame:
+        """Return a frame."""
+        return self._frames[index]
+
+
+@pytest.mark.parametrize('true_temperature', [0.4, 1.0, 3.0])
+def test_fitted_temperature_is_scipys(true_temperature: float) -> None:
+    """Labels drawn from softmax(f / T) give T back, and the same optimum as scipy's."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 4, (20000, 7))
+    p = np.exp(logits / true_temperature
+               - np.max(logits / true_temperature, 1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    labels = (p.cumsum(1) > rng.random((len(p), 1))).argmax(1)
+    fitted = minimise_nll(logits, labels)
+    best = minimize_scalar(lambda t: negative_log_likelihood(logits, labels, t),
+                           bounds=(0.05, 20), method='bounded', options={'xatol': 1e-8})
+    assert fitted == pytest.approx(best.x, rel=1e-4)
+    assert fitted == pytest.approx(true_temperature, rel=0.05)
+
+
+def test_likelihood_is_the_definition() -> None:
+    """Against -log(softmax) written out."""
+    logits = np.array([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]])
+    p = np.exp(logits / 2) / np.exp(logits / 2).sum(1, keepdims=True)
+    assert negative_log_likelihood(logits, np.array([2, 0]), 2.0) == pytest.approx(
+        -np.log([p[0, 2], p[1, 0]]).mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize('score', ['msp', 'entropy', 'energy', 'max_logit'])
+def test_score_at_another_temperature_is_the_formula(tiny_model: Path, score: str) -> None:
+    """The rebuilt head gives the float64 score of logits / T, and the labels do not change."""
+    model = load_model_file(tiny_model)
+    network_input = np.random.default_rng(2).random((1, 3, 64, 128), np.float32)
+    with open_backend(model) as backend:
+        before = backend.run(network_input)
+    # max_logit at T = 1 is the exported model's score, so its logits can be read off a rebuilt
+    # head; the logits themselves come from the graph before the head.
+    from anomaly_seg_ros.calibration import _bare_graph
+    import onnxruntime
+    bare, name = _bare_graph(model)
+    logits = onnxruntime.InferenceSession(bare.SerializeToString()).run(
+        [name], {'image': network_input})[0][0]
+    hotter = with_temperature(replace(model, card=replace(model.card, score=score)), 2.5)
+    with open_backend(hotter) as backend:
+        after = backend.run(network_input)
+    expected = reference_answer(logits, score, 2.5)
+    np.testing.assert_allclose(after.anomaly, expected.anomaly, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after.labels, before.labels)
+
+
+def test_threshold_keeps_the_false_positive_rate(tiny_model: Path, small_benchmark: Path,
+                                                 tmp_path: Path) -> None:
+    """At most the asked share of in-distribution pixels is flagged, and nearly that many."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    card = calibrate(tiny_model, source, tmp_path / 'out.onnx',
+                     CalibrationRequest(criterion='fpr', rate=0.05))
+    written = load_model_file(tmp_path / 'out.onnx')
+    assert written.card.threshold == card.threshold
+    assert written.card.threshold_source.startswith('calibrated: 0.05')
+    flagged = total = 0
+    with open_backend(written) as backend:
+        pipeline = Pipeline(backend)
+        for frame in source:
+            known = frame.anomaly_mask == 0
+            flagged += int((pipeline(frame.image_rgb).anomaly[known] >= card.threshold).sum())
+            total += int(known.sum())
+    assert 0.045 < flagged / total <= 0.05
+
+
+def test_threshold_by_recall_and_by_f1(tiny_model: Path, small_benchmark: Path,
+                                       tmp_path: Path) -> None:
+    """At least the asked share of anomalous pixels is found; best F1 is the evaluator's."""
+    from anomaly_seg_ros.evaluate import evaluate
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    card = calibrate(tiny_model, source, tmp_path / 'a.onnx',
+                     CalibrationRequest(criterion='tpr', rate=0.9))
+    with open_backend(load_model_file(tiny_model)) as backend:
+        pipeline = Pipeline(backend)
+        scores = np.concatenate([pipeline(f.image_rgb).anomaly[f.anomaly_mask == 1].copy()
+                                 for f in source])
+    assert (scores >= card.threshold).mean() >= 0.9
+    assert (scores >= np.nextafter(np.float32(card.threshold), np.float32(np.inf))).mean() \
+        == pytest.approx(0.9, abs=0.01)
+    card = calibrate(tiny_model, source, tmp_path / 'b.onnx',
+                     CalibrationRequest(criterion='best-f1'))
+    assert card.threshold == pytest.approx(
+        evaluate(tiny_model, source, tmp_path / 'o')['pixel']['best_f1_threshold'])
+
+
+def test_temperature_is_fitted_and_lowers_the_likelihood(tiny_model: Path,
+                                                         tmp_path: Path) -> None:
+    """On labels of no meaning the fitted softmax is flatter, and its calibration error lower."""
+    card = calibrate(tiny_model, Labelled(), tmp_path / 'out.onnx',
+                     CalibrationRequest(temperature='fit'))
+    figures = card.provenance['calibration']['temperature_fit']
+    assert figures['nll_after'] < figures['nll_before']
+    assert figures['ece_after'] < figures['ece_before']
+    assert card.temperature > 1
+
+
+def test_what_the_frames_lack_is_said(tiny_model: Path, small_benchmark: Path,
+                                      tmp_path: Path) -> None:
+    """No labels for a temperature, no anomalies for a recall: no file, and the way out."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    with pytest.raises(UserError, match='no labels'):
+        calibrate(tiny_model, source, tmp_path / 'x.onnx', CalibrationRequest(temperature='fit'))
+    with pytest.raises(UserError, match='--criterion fpr'):
+        calibrate(tiny_model, Labelled(), tmp_path / 'x.onnx',
+                  CalibrationRequest(temperature='keep', criterion='tpr', rate=0.95))
+    assert not (tmp_path / 'x.onnx').exists()
