@@ -303,7 +303,7 @@ def _run_logits(model: Any, logits: str, inputs: Sequence[np.ndarray],
 
 
 def append_head(model: Any, logits: str, request: OnnxExportRequest, size_hw: tuple[int, int],
-                 output_hw: tuple[int, ...]) -> None:
+                output_hw: tuple[int, ...]) -> None:
     """Add labels and anomaly behind the logits and make them the only outputs."""
     from onnx import helper, numpy_helper, TensorProto
 

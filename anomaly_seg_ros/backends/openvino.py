@@ -91,8 +91,9 @@ class OpenvinoBackend(Backend):
     def run(self, network_input: np.ndarray) -> NetworkOutput:
         """Run one frame; the arrays returned are overwritten by the next call."""
         check_input(network_input, self._input)
-        self._request.set_tensor('image', self._tensor(np.ascontiguousarray(network_input),
-                                                       shared_memory=True))
+        # A tensor with shared memory does not keep its array alive.
+        contiguous = np.ascontiguousarray(network_input)
+        self._request.set_tensor('image', self._tensor(contiguous, shared_memory=True))
         self._request.infer()
         labels, anomaly = self._outputs
         return NetworkOutput(labels[0], anomaly[0])

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every backend that this machine can run gives PyTorch's numbers; the others say why not."""
+
+import logging
+from pathlib import Path
+
+from anomaly_seg_ros import backends
+from anomaly_seg_ros.backends import AUTO_ORDER, available_backends, BACKENDS, open_backend
+from anomaly_seg_ros.backends.onnxruntime import open_session, session_options
+from anomaly_seg_ros.backends.onnxruntime_gpu import placement
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_file import load_model_file, write_model_file
+from anomaly_seg_ros.networks import NETWORKS
+from anomaly_seg_ros.ports import input_port, output_ports
+from anomaly_seg_ros.preprocess import Preprocessor
+from cards import card, identity_graph, identity_model
+import numpy as np
+import pytest
+import small_network
+from small_network import frames, small_model  # noqa: F401
+import torch
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the small network known, for the torch backend to build."""
+    monkeypatch.setitem(NETWORKS, 'small', small_network.load)
+
+
+@pytest.mark.parametrize('name', sorted(BACKENDS))
+def test_backend_equals_pytorch(name: str, small_model: Path, known: None) -> None:  # noqa: F811
+    """Labels are equal, the score within float32 rounding, at every call of the same backend."""
+    model = load_model_file(small_model)
+    reason = available_backends(model)[name]
+    if reason is not None:
+        pytest.skip(f'{name}: {reason}')
+    preprocess = Preprocessor(model.card)
+    network = small_network.build()
+    with open_backend(model, name, threads=1) as backend:
+        assert backend.name == name
+        for frame in (*frames(2), frames(1)[0]):
+            image = preprocess(frame)
+            with torch.inference_mode():
+                logits = network(torch.from_numpy(image))
+            answer = backend.run(image)
+            assert answer.labels.dtype == np.uint8
+            assert answer.anomaly.dtype == np.float32
+            np.testing.assert_array_equal(answer.labels, logits[0].argmax(0).numpy())
+            np.testing.assert_allclose(answer.anomaly, -logits[0].amax(0).numpy(), atol=1e-5)
+        description = backend.describe()
+        assert {'backend', 'version'} <= description.keys()
+        assert all(isinstance(value, str) for value in description.values())
+
+
+@pytest.mark.parametrize('name', ['cpu', 'openvino', 'torch'])
+@pytest.mark.parametrize('bad', [
+    np.zeros((1, 3, 32, 65), np.float32), np.zeros((1, 3, 32, 64), np.float64),
+    np.zeros((3, 32, 64), np.float32), np.zeros((32, 64, 3), np.uint8)])
+def test_a_wrong_input_is_refused(name: str, bad: np.ndarray, small_model: Path,  # noqa: F811
+                                  known: None) -> None:
+    """Before it reaches the library, with what was expected."""
+    if BACKENDS[name].unavailable(load_model_file(small_model)):
+        pytest.skip(f'{name} is not available')
+    with open_backend(load_model_file(small_model), name) as backend, \
+            pytest.raises(ValueError, match='takes image float32 1x3x32x64, got'):
+        backend.run(bad)
+
+
+@pytest.mark.parametrize('name', ['cpu', 'openvino'])
+def test_a_strided_input_is_taken(name: str, tmp_path: Path) -> None:
+    """A view that is not contiguous gives the same as its copy."""
+    model = identity_model(tmp_path / 'm.onnx')
+    if BACKENDS[name].unavailable(model):
+        pytest.skip(f'{name} is not available')
+    large = np.random.default_rng(0).standard_normal((1, 3, 48, 80)).astype(np.float32)
+    with open_backend(model, name, threads=1) as backend:
+        answer = backend.run(large[:, :, ::2, ::2])
+        np.testing.assert_array_equal(answer.anomaly, -large[0, :, ::2, ::2].max(0))
+
+
+def test_an_unknown_backend_lists_the_choices(tmp_path: Path) -> None:
+    """With auto among them."""
+    with pytest.raises(UserError, match=r"'gpu'; choose one of auto, cpu, cuda, .*torch"):
+        open_backend(identity_model(tmp_path / 'm.onnx'), 'gpu')
+
+
+@pytest.mark.parametrize('name', ['cuda', 'onnxruntime-tensorrt', 'tensorrt'])
+def test_a_backend_without_its_device_says_what_is_missing(name: str, tmp_path: Path) -> None:
+    """Asked for by name it is an error with a remedy, never another device in silence."""
+    model = identity_model(tmp_path / 'm.onnx')
+    reason = BACKENDS[name].unavailable(model)
+    if reason is None:
+        pytest.skip(f'{name} is available here')
+    with pytest.raises(UserError, match='choose --backend cpu') as error:
+        open_backend(model, name)
+    assert reason in str(error.value)
+
+
+def test_auto_takes_the_fastest_available_and_says_so(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first of AUTO_ORDER that can run, with the reasons against those before it."""
+    model = identity_model(tmp_path / 'm.onnx')
+    reasons = available_backends(model)
+    expected = next(name for name in AUTO_ORDER if reasons[name] is None)
+    with caplog.at_level(logging.INFO, 'anomaly_seg_ros.backends'), \
+            open_backend(model, 'auto', threads=1) as backend:
+        assert backend.name == expected
+    assert f'backend auto: {expected}' in caplog.text
+    for name in AUTO_ORDER[:AUTO_ORDER.index(expected)]:
+        assert f'not {name}: {reasons[name]}' in caplog.text
+
+
+def test_auto_without_any_backend_says_why(tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """All reasons are given."""
+    monkeypatch.setattr(backends, 'AUTO_ORDER', ('cuda',))
+    model = identity_model(tmp_path / 'm.onnx')
+    if BACKENDS['cuda'].unavailable(model) is None:
+        pytest.skip('there is a GPU')
+    with pytest.raises(UserError, match=r'no backend can run it here: cuda: '):
+        open_backend(model, 'auto')
+
+
+def test_a_provider_that_leaves_nodes_to_the_cpu_is_an_error(tmp_path: Path) -> None:
+    """Real onnxruntime, with a provider of the CPU wheel that can run none of these operators."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    if 'AzureExecutionProvider' not in onnxruntime.get_available_providers():
+        pytest.skip('this onnxruntime has no second provider')
+    model = identity_model(tmp_path / 'm.onnx')
+    with pytest.raises(UserError, match='cannot run every operator of this graph'):
+        open_session(model, session_options(1), [('AzureExecutionProvider', {})])
+
+
+def test_a_provider_that_is_not_in_this_build_is_an_error(tmp_path: Path) -> None:
+    """It names the ones there are and what to install."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    if 'CUDAExecutionProvider' in onnxruntime.get_available_providers():
+        pytest.skip('this onnxruntime has CUDA')
+    with pytest.raises(UserError, match=r'has no CUDAExecutionProvider, only .*onnxruntime-gpu'):
+        open_session(identity_model(tmp_path / 'm.onnx'), session_options(1),
+                     [('CUDAExecutionProvider', {})])
+
+
+def test_placement_counts_the_nodes_of_each_provider(tmp_path: Path) -> None:
+    """As the session itself recorded it."""
+    options = session_options(1)
+    options.add_session_config_entry('session.record_ep_graph_assignment_info', '1')
+    session = open_session(identity_model(tmp_path / 'm.onnx'), options,
+                           [('CPUExecutionProvider', {})])
+    counts = placement(session)
+    if not counts:
+        pytest.skip('this onnxruntime does not tell')
+    assert list(counts) == ['CPUExecutionProvider']
+    assert 3 <= counts['CPUExecutionProvider'] <= 4
+
+
+def test_an_operator_that_no_backend_knows_is_an_error(tmp_path: Path) -> None:
+    """A graph with a made-up operator: each backend names file and remedy."""
+    graph = identity_graph()
+    graph.graph.node[-1].op_type = 'Teleport'
+    write_model_file(tmp_path / 'm.onnx', graph.SerializeToString(), card())
+    model = load_model_file(tmp_path / 'm.onnx')
+    for name in ('cpu', 'openvino'):
+        if BACKENDS[name].unavailable(model) is None:
+            with pytest.raises(UserError, match=r'm\.onnx.*Teleport'):
+                open_backend(model, name)
+
+
+def test_openvino_says_its_arithmetic(tmp_path: Path) -> None:
+    """Float32 unless speed is asked for."""
+    pytest.importorskip('openvino')
+    model = identity_model(tmp_path / 'm.onnx')
+    with open_backend(model, 'openvino') as backend:
+        assert backend.describe()['arithmetic'] == 'f32'
+    with open_backend(model, 'openvino', precision='speed') as backend:
+        assert backend.describe()['arithmetic'] in ('f32', 'bf16', 'f16')
+    with pytest.raises(ValueError, match='precision must be one of'):
+        open_backend(model, 'openvino', precision='int4')
+    with pytest.raises(UserError, match=r'cannot compile it for NPU9'):
+        open_backend(model, 'openvino', device='NPU9')
+
+
+def test_torch_wants_the_very_weights(small_model: Path, known: None,  # noqa: F811
+                                      tmp_path: Path) -> None:
+    """Weights of another training are refused by their SHA-256; missing ones are named."""
+    model = load_model_file(small_model)
+    torch.save(small_network.build(2.0).state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(UserError, match=r'other\.pth: not the weights of .*SHA-256'):
+        open_backend(model, 'torch', weights=tmp_path / 'other.pth')
+    (tmp_path / 'm.onnx').write_bytes(model.data)
+    elsewhere = load_model_file(tmp_path / 'm.onnx')
+    with pytest.raises(UserError, match=r'it needs the weights, which are not at .*small\.pth'):
+        open_backend(elsewhere, 'torch')
+    with open_backend(elsewhere, 'torch', weights=small_model.parent / 'small.pth') as backend:
+        assert backend.describe()['backend'] == 'torch cpu'
+
+
+def test_ports_are_what_the_card_promises() -> None:
+    """Names, types and shapes of both variants."""
+    assert str(input_port(card())) == 'image float32 1x3x24x40'
+    device = card(input_variant='device', frame_size_hw=(48, 80), output_size_hw=(48, 80))
+    assert str(input_port(device)) == 'image uint8 48x80x3'
+    assert list(map(str, output_ports(device))) == ['labels uint8 1x48x80',
+                                                    'anomaly float32 1x48x80']
