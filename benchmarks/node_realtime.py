@@ -177,7 +177,7 @@ def measure_stream(run: NodeRun, transport: str, size_hw: tuple[int, int],
         first = measure(run, publisher, transport, size_hw, 'warm', 2.0, 3.0)
         whole_s = float(np.median(first.own_ms + first.network_ms)) / 1e3
         network_s = float(np.median(first.network_ms)) / 1e3
-        for kind, rate_hz in (*(('', rate) for rate in rates_hz), 
+        for kind, rate_hz in (*(('', rate) for rate in rates_hz),
                               ('hold', min(0.7 / whole_s, MOST_HZ)),
                               ('4x', min(4 / network_s, MOST_HZ))):
             row = measure(run, publisher, transport, size_hw, kind, rate_hz, seconds)

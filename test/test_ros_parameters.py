@@ -3,6 +3,8 @@
 
 from dataclasses import fields
 import math
+from pathlib import Path
+import re
 
 import _needs_ros  # noqa: F401
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
@@ -148,3 +150,14 @@ def test_obstacle_settings_take_the_card_unless_a_threshold_is_given() -> None:
 
 def test_names() -> None:
     assert frozenset(item.name for item in fields(NodeParameters)) == NAMES
+
+
+def test_the_documentation_names_every_parameter_with_its_default() -> None:
+    text = (Path(__file__).resolve().parent.parent / 'docs' / 'node.md').read_text('utf-8')
+    shipped = yaml.safe_load(resource('config/anomaly_seg.yaml').read_text())
+    for item in fields(NodeParameters):
+        row = re.search(rf'^\| `{item.name}` \| `(.*?)` \| .*? \| (.*) \|$', text, re.MULTILINE)
+        assert row is not None, item.name
+        value = yaml.safe_load(row[1])
+        assert same(value, shipped['/**']['ros__parameters'][item.name]), item.name
+        assert row[2] == item.metadata['description']

@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 import os
 from pathlib import Path
+from typing import Any
 
 from anomaly_seg_ros.backends import Backend, open_backend
 from anomaly_seg_ros.errors import UserError
@@ -79,7 +80,7 @@ def open_model(model: ModelFile, parameters: NodeParameters,
     """
     cv2.setNumThreads(parameters.image_threads or len(os.sched_getaffinity(0)))
     settings = parameters.obstacle_settings(model.card)
-    backend = open_backend(model, parameters.backend, threads=parameters.threads)
+    backend = open_backend(model, parameters.backend, **_options(parameters))
     try:
         pipeline = Pipeline(backend, settings)
         size_hw = frame_size_hw or (
@@ -93,3 +94,15 @@ def open_model(model: ModelFile, parameters: NodeParameters,
         backend.close()
         raise
     return LoadedModel(model.path, model.sha256, backend, pipeline)
+
+
+def _options(parameters: NodeParameters) -> dict[str, Any]:
+    """Return what the chosen backend understands of the parameters."""
+    options: dict[str, Any] = {'threads': parameters.threads}
+    if parameters.backend == 'cpu':
+        options['spinning'] = parameters.spinning
+    if parameters.backend in ('cuda', 'tensorrt', 'onnxruntime-tensorrt'):
+        options['device'] = parameters.device
+    if parameters.backend == 'tensorrt':
+        options['build'] = parameters.build_engine
+    return options

@@ -7,6 +7,7 @@ reports. A callback here converts, calls and publishes; the pipeline is in the c
 """
 
 from collections.abc import Callable, Sequence
+import logging
 import math
 import sys
 import threading
@@ -350,6 +351,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the node until it is interrupted; returns 0, or 2 for a wrong parameter."""
+    logging.basicConfig(level=logging.INFO, format='[%(levelname)s] [%(name)s]: %(message)s')
     rclpy.init(args=args)
     try:
         node = AnomalySegNode()

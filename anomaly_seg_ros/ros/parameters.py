@@ -43,6 +43,16 @@ class NodeParameters:
     backend: str = _parameter(
         'cpu', 'Where the network runs: cpu, cuda, tensorrt, openvino, ... or auto.',
         UNCONFIGURED)
+    device: int = _parameter(
+        0, 'Number of the GPU, for the backends cuda, tensorrt and onnxruntime-tensorrt.',
+        UNCONFIGURED, between=(0, 255))
+    build_engine: bool = _parameter(
+        False, 'Backend tensorrt: build the engine when configuring where there is none that '
+        'fits, which takes minutes. Otherwise configuring fails with the command to build it.',
+        UNCONFIGURED)
+    spinning: bool = _parameter(
+        False, 'Backend cpu: idle threads spin. A little faster alone, much slower beside other '
+        'programs.', UNCONFIGURED)
     threads: int = _parameter(
         0, 'Threads of the network; 0 takes every core allowed.', UNCONFIGURED,
         between=(0, 256))
