@@ -18,18 +18,18 @@ from typing import Any
 import pytest
 
 
-class cudaError_t(IntEnum):  # noqa: N801, the real name
+class cudaError_t(IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
 
 
-class cudaMemcpyKind(IntEnum):  # noqa: N801
+class cudaMemcpyKind(IntEnum):
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
 
 
-class cudaStreamCaptureMode(IntEnum):  # noqa: N801
+class cudaStreamCaptureMode(IntEnum):
     cudaStreamCaptureModeThreadLocal = 1
 
 
@@ -60,71 +60,71 @@ class FakeCuda:
         self.memory[ctypes.addressof(buffer)] = buffer
         return OK, ctypes.addressof(buffer)
 
-    def cudaGetDeviceCount(self) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return OK, 1
 
-    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
         return (OK,)
 
-    def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
         return OK, self.gpu
 
-    def cudaGetErrorString(self, error: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGetErrorString(self, error: int) -> tuple[Any, ...]:
         return OK, b'out of memory' if error == 2 else b'invalid argument'
 
-    def cudaMalloc(self, size: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaMalloc(self, size: int) -> tuple[Any, ...]:
         self.calls['cudaMalloc'] += 1
         return self._allocate(size)
 
-    def cudaHostAlloc(self, size: int, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaHostAlloc(self, size: int, flags: int) -> tuple[Any, ...]:
         return self._allocate(size)
 
-    def cudaFree(self, devPtr: int) -> tuple[Any, ...]:  # noqa: N802, N803
+    def cudaFree(self, devPtr: int) -> tuple[Any, ...]:
         del self.memory[devPtr]
         return (OK,)
 
-    def cudaFreeHost(self, ptr: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaFreeHost(self, ptr: int) -> tuple[Any, ...]:
         del self.memory[ptr]
         return (OK,)
 
-    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: int,  # noqa: N802
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: int,
                         stream: int) -> tuple[Any, ...]:
         self.calls['cudaMemcpyAsync'] += 1
         self.enqueue(lambda: ctypes.memmove(dst, src, count) and None)
         return (OK,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         return OK, 77
 
-    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
         self.calls['cudaStreamDestroy'] += 1
         return (OK,)
 
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
         return (OK,)
 
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Any, ...]:
         self.recording = []
         return (OK,)
 
-    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         self.calls['capture'] += 1
         recorded, self.recording = self.recording, None
         return OK, recorded
 
-    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:
         return OK, list(graph)
 
-    def cudaGraphLaunch(self, graphExec: Any, stream: int) -> tuple[Any, ...]:  # noqa: N802, N803
+    def cudaGraphLaunch(self, graphExec: Any, stream: int) -> tuple[Any, ...]:
         self.calls['cudaGraphLaunch'] += 1
         for work in graphExec:
             work()
         return (OK,)
 
-    def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Any, ...]:  # noqa: N802, N803
+    def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Any, ...]:
         return (OK,)
 
-    def cudaGraphDestroy(self, graph: Any) -> tuple[Any, ...]:  # noqa: N802
+    def cudaGraphDestroy(self, graph: Any) -> tuple[Any, ...]:
         return (OK,)
 
 
@@ -141,8 +141,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     functions = {name: getattr(fake, name) for name in dir(fake) if name.startswith('cuda')}
     runtime = module('cuda.bindings.runtime', cudaMemcpyKind=cudaMemcpyKind,
-                     cudaError_t=cudaError_t, cudaStreamCaptureMode=cudaStreamCaptureMode, cudaStreamNonBlocking=1,
-                     cudaHostAllocDefault=0, **functions)
+                     cudaError_t=cudaError_t, cudaStreamCaptureMode=cudaStreamCaptureMode,
+                     cudaStreamNonBlocking=1, cudaHostAllocDefault=0, **functions)
     bindings = module('cuda.bindings', runtime=runtime)
     for made in (module('cuda', bindings=bindings), bindings, runtime):
         monkeypatch.setitem(sys.modules, made.__name__, made)

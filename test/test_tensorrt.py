@@ -123,7 +123,7 @@ def test_a_new_shape_captures_again(fake: State, tmp_path: Path) -> None:
         np.testing.assert_array_equal(outputs['anomaly'], -noise(1, size_hw).max(1))
         assert len(fake.cuda.memory) == 6
     assert fake.cuda.calls['capture'] == 3
-    with pytest.raises(UserError, match=r'inputs \(1, 3, 8, 8\) to \(1, 3, 32, 64\), got \(1, 3, 33'):
+    with pytest.raises(UserError, match=r'\(1, 3, 8, 8\) to \(1, 3, 32, 64\), got \(1, 3, 33, 64'):
         runner.run(noise(1, (33, 64)))
     runner.close()
     with pytest.raises(UserError, match='smallest, usual and largest shape'):
