@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import os
 from pathlib import Path
+import socket
 from typing import Any, Protocol, TypeVar
 
 from anomaly_seg_ros.errors import UserError
@@ -541,6 +542,18 @@ def _processes(workers: int) -> Iterator[_Run]:
         yield run
 
 
+def _reach(address: str) -> None:
+    """Knock at HOST:PORT of a Ray address: Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix('ray://').rpartition(':')
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f'no Ray cluster at {address}: {error}. Start one with ray start --head '
+                        'and give its address, or leave --ray out.') from error
+
+
 @contextmanager
 def _ray(address: str) -> Iterator[_Run]:
     try:
@@ -550,6 +563,7 @@ def _ray(address: str) -> Iterator[_Run]:
     own = not ray.is_initialized()
     if own:
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+        _reach(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
