@@ -1,192 +1,229 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long each stage of a model takes on this machine, backend by backend."""
+"""
+Stage-by-stage latency, throughput and memory of a model on every backend that this machine has.
 
-from collections.abc import Callable, Mapping, Sequence
+Each backend runs in a process of its own: its memory is its own, and one that dies takes no other
+with it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-import os
+from itertools import islice
+import multiprocessing
 from pathlib import Path
+import resource
 import time
 from typing import Any
 
-from anomaly_seg_ros.backends import available_backends, BACKENDS, open_backend
+from anomaly_seg_ros.backends import BACKENDS, open_backend
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.evaluate import machine, percentiles, versions
-from anomaly_seg_ros.model_file import load_model_file, ModelFile
-from anomaly_seg_ros.obstacles import ObstacleSettings
-from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.export import check_frames
+from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.pipeline import Pipeline, STAGES
 import cv2
 import numpy as np
+
+# What is measured by default: name of the row, backend, options.
+CONFIGURATIONS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ('cpu', 'cpu', {}),
+    ('openvino', 'openvino', {}),
+    ('openvino, speed', 'openvino', {'precision': 'speed'}),
+    ('cuda', 'cuda', {}),
+    ('onnxruntime-tensorrt', 'onnxruntime-tensorrt', {}),
+    ('tensorrt', 'tensorrt', {}),
+    ('torch', 'torch', {}),
+)
+_FRAME_SIZE_HW = (1080, 1920)
+_MAX_IMAGES = 8
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class BenchResult:
-    """
-    One backend's figures.
+class Distribution:
+    """Percentiles of a time in milliseconds."""
 
-    Attributes
-    ----------
-    backend
-        Name of the backend.
-    describe
-        What the backend says of itself.
-    stages_ms
-        Stage, and ``end_to_end`` -> p50, p95, p99 and max in milliseconds, warm-up excluded.
-    frames_per_s
-        Frames answered one after the other, per second of wall time.
-    resident_mib
-        Memory of this process that opening and running the model added, in MiB.
-    open_ms
-        Time from the model file in memory to the first answer.
-    frames
-        Frames measured.
+    p50: float
+    p95: float
+    p99: float
+    maximum: float
+    mean: float
 
-    """
-
-    backend: str
-    describe: Mapping[str, str]
-    stages_ms: Mapping[str, Mapping[str, float]]
-    frames_per_s: float
-    resident_mib: float
-    open_ms: float
-    frames: int
+    @classmethod
+    def of(cls, values_ms: Sequence[float]) -> 'Distribution':
+        """Compute them; percentiles are interpolated linearly."""
+        p50, p95, p99 = (float(v) for v in np.percentile(values_ms, (50, 95, 99)))
+        return cls(p50, p95, p99, float(max(values_ms)), float(np.mean(values_ms)))
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class Measurement:
     """
-    What was measured, and why the other backends were not.
+    One configuration.
 
     Attributes
     ----------
-    model, frame_size_hw
-        Path of the model file, and the size of the frames.
-    results
-        One for each backend that ran, in the order of measuring.
-    unavailable
-        Backend -> reason.
+    name
+        Of the configuration.
+    reason
+        Why it was not measured; None where it was, and the other entries hold.
+    runs_on
+        What ``Backend.describe`` says.
+    frames, frame_size_hw
+        How many frames, of which size; warm-up not counted.
+    end_to_end_ms, stages_ms
+        From the camera's frame to obstacles at its size, and each stage of the pipeline.
+    frames_per_second
+        One frame after the other.
+    memory_mib, growth_mib
+        Peak resident memory of the process, and its growth while frames were measured.
 
     """
 
-    model: str
-    frame_size_hw: tuple[int, int]
-    results: tuple[BenchResult, ...]
-    unavailable: Mapping[str, str]
+    name: str
+    reason: str | None = None
+    runs_on: Mapping[str, str] | None = None
+    frames: int = 0
+    frame_size_hw: tuple[int, int] = (0, 0)
+    end_to_end_ms: Distribution | None = None
+    stages_ms: Mapping[str, Distribution] | None = None
+    frames_per_second: float = 0.0
+    memory_mib: float = 0.0
+    growth_mib: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything with versions and machine."""
-        return {**asdict(self), 'versions': versions(), 'machine': machine()}
+        """Return plain values."""
+        return asdict(self)
 
 
-def bench(model: Path | str, *, backends: Sequence[str] = (), frames: int = 100,
-          warm_up: int = 10, frame_size_hw: tuple[int, int] | None = None,
-          images: Sequence[np.ndarray] = (), threads: int = 0,
-          progress: Progress | None = None) -> BenchReport:
+def bench(model: Path | str, *, names: Sequence[str] | None = None, frames: int = 100,
+          warm_up: int = 5, frame_size_hw: tuple[int, int] | None = None, threads: int = 0,
+          images: Iterable[np.ndarray] | None = None, progress: Progress | None = None
+          ) -> list[Measurement]:
     """
-    Measure a model on one or more backends.
+    Measure a model file on the backends of this machine.
 
     Parameters
     ----------
     model
         The model file.
-    backends
-        Names; empty takes every one that can run the model here.
+    names
+        Names of ``CONFIGURATIONS`` to measure, or of backends; default: all.
     frames, warm_up
-        Frames measured, and run before without counting.
+        How many frames to measure, after how many that are not.
     frame_size_hw
-        Size of the camera's frames; None takes the card's, else 1024 x 2048.
-    images
-        uint8 (H, W, 3), RGB, resized to the frame size and taken in turn; default: frames of the
-        synthetic world, because obstacles cost by what is in the picture.
+        Size of the camera's frames; default: the card's, else 1080x1920.
     threads
-        Threads of the network; 0 takes every core allowed.
+        CPU threads; 0 takes as many as this process may use cores.
+    images
+        Frames uint8 (H, W, 3), RGB, of which the first 8 are taken in turns, resized where
+        necessary; default: the synthetic world.
     progress
-        Called with (backend, done, total).
-
-    Raises
-    ------
-    UserError
-        If a backend that was asked for cannot run, or none can.
+        Called with (configuration, number done, number in all).
 
     """
     if frames < 1 or warm_up < 0:
-        raise ValueError(f'frames must be at least 1 and warm_up at least 0, got {frames}, '
+        raise ValueError(f'frames must be at least 1 and warm_up at least 0, got {frames} and '
                          f'{warm_up}')
+    card = load_model_file(model).card
+    size_hw = card.frame_size_hw or frame_size_hw or _FRAME_SIZE_HW
+    source = check_frames() if images is None else images
+    pictures = [image if image.shape[:2] == size_hw else cv2.resize(image, size_hw[::-1])
+                for image in islice(source, _MAX_IMAGES)]
+    if not pictures:
+        raise UserError('no images to measure with; give at least one')
+    chosen = choose(names)
+    results = []
+    for index, (name, backend, options) in enumerate(chosen):
+        if progress is not None:
+            progress(name, index, len(chosen))
+        results.append(_in_own_process(
+            name, Path(model), backend, {**options, 'threads': threads}, pictures, frames,
+            warm_up))
+    if progress is not None:
+        progress('done', len(chosen), len(chosen))
+    return results
+
+
+def choose(names: Sequence[str] | None) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Return the configurations called so; an unknown name lists the choices."""
+    if names is None:
+        return list(CONFIGURATIONS)
+    known = {entry[0]: entry for entry in CONFIGURATIONS}
+    unknown = [name for name in names if name not in known and name not in BACKENDS]
+    if unknown:
+        raise UserError(f'unknown backend {unknown[0]!r}; choose from {"; ".join(known)}')
+    return [known.get(name, (name, name, {})) for name in names]
+
+
+def measure(name: str, model: Path, backend: str, options: Mapping[str, Any],
+            images: Sequence[np.ndarray], frames: int, warm_up: int) -> Measurement:
+    """Measure one configuration in this process."""
     model_file = load_model_file(model)
-    size_hw = model_file.card.frame_size_hw or frame_size_hw or (1024, 2048)
-    reasons = available_backends(model_file)
-    unavailable = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name in backends:
-        if name not in BACKENDS:
-            raise UserError(f'unknown backend {name!r}; choose of {", ".join(BACKENDS)}')
-        if name in unavailable:
-            raise UserError(f'backend {name} cannot run here: {unavailable[name]}')
-    chosen = list(backends) or [name for name in BACKENDS if name not in unavailable]
-    if not chosen:
-        raise UserError(f'no backend can run {model} here: {unavailable}')
-    pictures = [_fit(image, size_hw) for image in images or _synthetic(size_hw)]
-    results = tuple(_measure(model_file, name, pictures, frames, warm_up, threads, progress)
-                    for name in chosen)
-    return BenchReport(str(model), size_hw, results, unavailable)
+    reason = BACKENDS[backend].unavailable(model_file)
+    if reason is not None:
+        return Measurement(name, reason)
+    # OpenCV's threads are the frame's other stages; they take the cores that the network has.
+    if options.get('threads'):
+        cv2.setNumThreads(int(options['threads']))
+    total_ms: list[float] = []
+    stages_ms: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    try:
+        with open_backend(model_file, backend, **options) as device:
+            pipeline = Pipeline(device)
+            pipeline.warm_up(images[0].shape[:2], runs=max(1, warm_up))
+            before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for index in range(frames):
+                started = time.perf_counter()
+                detection = pipeline(images[index % len(images)])
+                total_ms.append((time.perf_counter() - started) * 1e3)
+                for stage, value in detection.stages_ms.items():
+                    stages_ms[stage].append(value)
+            runs_on = dict(device.describe())
+    except UserError as error:
+        return Measurement(name, str(error))
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    height, width = images[0].shape[:2]
+    return Measurement(
+        name, None, runs_on, frames, (height, width), Distribution.of(total_ms),
+        {stage: Distribution.of(values) for stage, values in stages_ms.items()},
+        1e3 * frames / sum(total_ms), peak_kib / 1024, (peak_kib - before_kib) / 1024)
 
 
-def bench_table(report: BenchReport) -> tuple[list[str], list[list[str]]]:
-    """Return (header, rows) of text: milliseconds p50 of each stage, p50 / p95 / p99 in all."""
-    stages = [name for name in report.results[0].stages_ms if name != 'end_to_end']
-    header = ['backend', *stages, 'end to end p50 / p95 / p99', 'frames/s', 'MiB']
-    rows = []
-    for result in report.results:
-        whole = result.stages_ms['end_to_end']
+def table(results: Sequence[Measurement]) -> list[list[str]]:
+    """Return the results as rows of text, the first one the heading; times in ms, p50."""
+    rows = [['backend', 'fps', 'p50', 'p95', 'p99', 'max', *STAGES, 'peak MiB']]
+    for result in results:
+        if result.end_to_end_ms is None or result.stages_ms is None:
+            rows.append([result.name, f'not measured: {result.reason}'])
+            continue
+        times = result.end_to_end_ms
         rows.append([
-            result.backend, *(f'{result.stages_ms[name]["p50"]:.2f}' for name in stages),
-            ' / '.join(f'{whole[key]:.1f}' for key in ('p50', 'p95', 'p99')),
-            f'{result.frames_per_s:.1f}', f'{result.resident_mib:.0f}'])
-    return header, rows
+            result.name, f'{result.frames_per_second:.1f}',
+            *(f'{value:.1f}' for value in (times.p50, times.p95, times.p99, times.maximum)),
+            *(f'{result.stages_ms[stage].p50:.1f}' for stage in STAGES),
+            f'{result.memory_mib:.0f}'])
+    return rows
 
 
-def _measure(model: ModelFile, name: str, pictures: Sequence[np.ndarray], frames: int,
-             warm_up: int, threads: int, progress: Progress | None) -> BenchResult:
-    resident = _resident_mib()
-    began = time.perf_counter()
-    with open_backend(model, name, threads=threads) as backend:
-        pipeline = Pipeline(backend, ObstacleSettings(model.card.threshold))
-        pipeline(pictures[0])
-        open_ms = (time.perf_counter() - began) * 1e3
-        for index in range(warm_up):
-            pipeline(pictures[index % len(pictures)])
-        samples: dict[str, list[float]] = {}
-        wall = time.perf_counter()
-        for index in range(frames):
-            start = time.perf_counter()
-            detection = pipeline(pictures[index % len(pictures)])
-            whole = (time.perf_counter() - start) * 1e3
-            for stage, value in {**detection.stages_ms, 'end_to_end': whole}.items():
-                samples.setdefault(stage, []).append(value)
-            if progress is not None:
-                progress(name, index + 1, frames)
-        wall = time.perf_counter() - wall
-        return BenchResult(
-            name, dict(backend.describe()),
-            {stage: percentiles(values) for stage, values in samples.items()},
-            frames / wall, _resident_mib() - resident, open_ms, frames)
+def _in_own_process(name: str, *arguments: Any) -> Measurement:
+    context = multiprocessing.get_context('spawn')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, name, *arguments))
+    process.start()
+    sender.close()
+    try:
+        answer: Measurement = receiver.recv()
+    except EOFError:
+        process.join()
+        return Measurement(name, f'its process ended with code {process.exitcode}')
+    process.join()
+    return answer
 
 
-def _synthetic(size_hw: tuple[int, int]) -> list[np.ndarray]:
-    from anomaly_seg_ros.synthetic import SyntheticDrive
-    drive = SyntheticDrive(seed=5, frames=60, size_hw=(720, 1280))
-    return [drive[index].image_rgb for index in range(0, 60, 12)]
-
-
-def _fit(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    if image.shape[:2] == size_hw:
-        return image
-    return cv2.resize(image, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
-
-
-def _resident_mib() -> float:
-    """Return the resident memory of this process, from the kernel's own account."""
-    statm = Path('/proc/self/statm')
-    if not statm.is_file():
-        return float('nan')
-    return int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+def _answer(sender: Any, name: str, *arguments: Any) -> None:
+    try:
+        sender.send(measure(name, *arguments))
+    except Exception as error:
+        sender.send(Measurement(name, f'{type(error).__name__}: {error}'))
+        raise

@@ -204,6 +204,9 @@ def load_model_file(path: Path | str) -> ModelFile:
     """
     Read a model file and check that it is whole, unedited and has a valid card.
 
+    A TensorRT engine (``.engine``) made by "anomaly-seg build-engine" is read with the JSON beside
+    it; its ``sha256`` is that of the model it was built from.
+
     Raises
     ------
     UserError
@@ -212,6 +215,8 @@ def load_model_file(path: Path | str) -> ModelFile:
 
     """
     path = Path(path)
+    if path.suffix == '.engine':
+        return _load_engine(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -237,6 +242,14 @@ def load_model_file(path: Path | str) -> ModelFile:
     except ValueError as error:
         raise UserError(f'{path}: bad model card: {error}. Export the model again.') from error
     return ModelFile(path, hashlib.sha256(data).hexdigest(), card, data)
+
+
+def _load_engine(path: Path) -> ModelFile:
+    """Read a TensorRT engine, whose card and key lie in the JSON beside it."""
+    from anomaly_seg_ros.engine import load_engine
+
+    engine = load_engine(path)
+    return ModelFile(path, engine.key.model_sha256, engine.card, engine.data)
 
 
 def seal_model(graph: bytes, card: ModelCard) -> bytes:

@@ -340,6 +340,19 @@ def test_tensorrt_graph_has_uint8_only_at_its_ends() -> None:
             assert types[node.input[0]] == TensorProto.FLOAT
 
 
+def test_an_engine_is_a_model_file_too(fake: State, model: ModelFile) -> None:
+    """It opens by itself, with its card, on its own backend and on no other."""
+    engine = build_engine(model, engine_path(model))
+    model.path.unlink()
+    alone = load_model_file(engine.path)
+    assert (alone.card, alone.sha256) == (model.card, model.sha256)
+    for name in ('tensorrt', 'auto'):
+        with open_backend(alone, name) as backend:
+            np.testing.assert_array_equal(backend.run(noise()).anomaly, -noise()[0].max(0))
+    with pytest.raises(UserError, match='runs on the backend tensorrt only, not on cpu'):
+        open_backend(alone, 'cpu')
+
+
 def test_without_tensorrt_building_says_what_to_install(model: ModelFile) -> None:
     """On this machine, unless it has both."""
     from anomaly_seg_ros.engine import missing_tensorrt

@@ -59,11 +59,17 @@ def open_backend(model: ModelFile, name: str = 'cpu', **options: Any) -> Backend
         the card disagree.
 
     """
+    if name == 'auto' and model.path.suffix == '.engine':
+        name = 'tensorrt'
     if name == 'auto':
         return _open_fastest(model, options)
     if name not in BACKENDS:
         raise UserError(f'unknown backend {name!r}; choose one of '
                         f'{", ".join(["auto", *sorted(BACKENDS)])}')
+    if model.path.suffix == '.engine' and name != 'tensorrt':
+        raise UserError(f'{model.path}: a TensorRT engine runs on the backend tensorrt only, not '
+                        f'on {name}. Give the .onnx that it was built from, or choose --backend '
+                        'tensorrt.')
     return BACKENDS[name](model, **options)
 
 
