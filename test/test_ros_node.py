@@ -314,6 +314,25 @@ def test_lifecycle_by_hand(model: Path, pipeline: Pipeline) -> None:
         assert driver.fresh()['node'] == 'finalized'
 
 
+@pytest.mark.slow
+def test_a_worker_that_does_not_end_is_an_error_with_its_reason(
+        tmp_path: Path, pipeline: Pipeline, model: Path) -> None:
+    """Cleanup gives up on it, the node goes back to unconfigured and can be configured again."""
+    stuck = write_tiny_model(tmp_path / 'stuck.onnx', stall_iterations=20_000_000)
+    with NodeRun({**FAST, 'model': str(stuck)}, outputs=('labels',)) as run:
+        driver = Driver(run)
+        driver.send(make_frame(1, corner=STALL))
+        driver.wait(lambda: float(driver.fresh(1)['processing.busy_s']) > 0, what='stall')
+        assert driver.change_state('deactivate')
+        assert not driver.change_state('cleanup')
+        assert driver.state() == 'unconfigured'
+        assert 'the worker did not end within 10 s' in driver.fresh()['node']
+        assert driver.set_parameters(model=str(model)) == ''
+        assert driver.change_state('configure') and driver.change_state('activate')
+        driver.wait(lambda: run.client.ready, what='connection')
+        driver.check_answer(pipeline, make_frame(2))
+
+
 def test_provisional_threshold_is_a_warning(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / 'p.onnx', threshold_source='provisional: 99th percentile')
     with NodeRun({**FAST, 'model': str(path)}, outputs=('labels',)) as run:

@@ -39,6 +39,8 @@ _PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILE
 _NODE_PROGRAM = ('import ctypes, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); '
                  'from anomaly_seg_ros.ros.node import main; sys.exit(main())')
 _QUEUE = 32  # frames on their way at most
+_QUIET_S = 3.0  # at the end of a real-time run: what has not come by then was lost
+_MOST_WAITING = 500  # stamps of which some outputs are still missing
 
 
 class FrameLike(Protocol):
@@ -233,6 +235,8 @@ class NodeClient:
             raise UserError(f'the node answered stamp {stamp_to_ns(message.header)} ns twice on '
                             f'{name}')
         found[name] = message
+        if len(self._messages) > _MOST_WAITING:  # outputs lost on the way leave stamps behind
+            del self._messages[next(iter(self._messages))]
 
     def _take_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
@@ -455,13 +459,13 @@ class NodeReplay:
             while (left := due - time.perf_counter()) > 0:
                 yield from self._collect(run, min(left, 0.05))
             self._send(run, frame)
-        quiet_since = time.monotonic()
-        while self._unsettled(run) and time.monotonic() - quiet_since < self._timeout_s:
-            before = run.client.diagnostics.get('processing.answered')
+        quiet_since, before = time.monotonic(), ''
+        while self._unsettled(run) and time.monotonic() - quiet_since < _QUIET_S:
             yield from self._collect(run, 0.05)
             run.check()
-            if run.client.diagnostics.get('processing.answered') != before:
-                quiet_since = time.monotonic()
+            now = f'{self._answered} {_drops(run.client.diagnostics)}'
+            if now != before or float(run.client.diagnostics['processing.busy_s']):
+                quiet_since, before = time.monotonic(), now
 
     def _send(self, run: NodeRun, frame: FrameLike) -> None:
         stamp_ns = _stamp(frame)
