@@ -188,10 +188,12 @@ def monte_carlo(body: nn.Module, image_shape: tuple[int, ...], passes: int,
     body = deepcopy(body)
     layers = {name: module for name, module in body.named_modules() if is_dropout(module)}
     channels: dict[str, int] = {}
-    hooks = [module.register_forward_pre_hook(
-        lambda _, inputs, name=name: channels.setdefault(
-            name, inputs[0].shape[1 if inputs[0].ndim == 4 else -1]))
-        for name, module in layers.items()]
+
+    def note(name: str, x: Tensor) -> None:
+        channels[name] = x.shape[1 if x.ndim == 4 else -1]
+
+    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+             for name, module in layers.items()]
     with torch.inference_mode():
         body(torch.zeros(image_shape))
     for hook in hooks:
