@@ -55,7 +55,10 @@ def entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     ``p * log p`` is NaN where p underflows.
     """
     shifted, weights, rest = _exponentials(logits, temperature)
-    return rest.log1p() - (weights * shifted).sum(dim=1) / (1 + rest)
+    # ln(1 + rest) = 2 artanh(rest / (2 + rest)); ONNX has no log1p, and ln of the sum would lose
+    # the digits of a small rest.
+    logarithm = 2 * (rest / (2 + rest)).atanh()
+    return logarithm - (weights * shifted).sum(dim=1) / (1 + rest)
 
 
 def energy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
