@@ -10,6 +10,7 @@ go through the network once a score; frames and pixels counted are part of the t
 
 import argparse
 import json
+import os
 from pathlib import Path
 import tempfile
 
@@ -20,8 +21,7 @@ from anomaly_seg_ros.export import export_model, ExportRequest
 SETS = ('road_anomaly_21', 'road_obstacle_21', 'fs_lost_and_found', 'fs_static', 'road_anomaly')
 SCORES = ('msp', 'max_logit', 'entropy', 'energy')
 
-# AP / FPR95 in percent of the original fp32 ERFNet on the full validation sets, measured
-# independently with PIL's antialiased resizing (see docs/results.md).
+# AP / FPR95 in percent of the original fp32 ERFNet on the full validation sets (docs/results.md).
 PUBLISHED = {
     'msp': ((29.2, 62.4), (2.8, 64.6), (1.7, 50.3), (5.0, 40.9), (12.4, 82.5)),
     'max_logit': ((38.4, 59.3), (4.7, 48.3), (3.3, 45.1), (6.2, 39.7), (15.6, 73.3)),
@@ -32,12 +32,15 @@ PUBLISHED = {
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument('--data', type=Path, default=Path('../shared/data'))
+    parser.add_argument('--data', type=Path,
+                        default=Path(os.environ.get('ANOMALY_SEG_DATA', '../shared/data')))
     parser.add_argument('--output', type=Path, help='keep the result folders here')
     parser.add_argument('--backend', default='cpu')
     parser.add_argument('--limit', type=int, help='frames a set, for a quick look')
     arguments = parser.parse_args()
-    weights = next((arguments.data / 'weights').glob('erfnet*.pth'))
+    weights = next((arguments.data / 'weights').glob('erfnet*.pth'), None)
+    if weights is None:
+        parser.exit(message=f'skipped: no weights/erfnet*.pth in {arguments.data}\n')
     with tempfile.TemporaryDirectory() as scratch:
         output = arguments.output or Path(scratch)
         table = measure(arguments.data, weights, output, arguments.backend, arguments.limit)
