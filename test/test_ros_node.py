@@ -333,6 +333,17 @@ def test_a_worker_that_does_not_end_is_an_error_with_its_reason(
         driver.check_answer(pipeline, make_frame(2))
 
 
+@pytest.mark.slow
+def test_a_stuck_worker_does_not_keep_the_process_alive(tmp_path: Path) -> None:
+    stuck = write_tiny_model(tmp_path / 'stuck.onnx', stall_iterations=200_000_000)
+    with NodeRun({**FAST, 'model': str(stuck)}, outputs=('labels',)) as run:
+        driver = Driver(run)
+        driver.send(make_frame(1, corner=STALL))
+        driver.wait(lambda: float(driver.fresh(1)['processing.busy_s']) > 0, what='stall')
+        assert run.stop(timeout_s=40.0) == 1
+        assert 'the worker did not end within 10 s' in run.log_text()
+
+
 def test_provisional_threshold_is_a_warning(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / 'p.onnx', threshold_source='provisional: 99th percentile')
     with NodeRun({**FAST, 'model': str(path)}, outputs=('labels',)) as run:

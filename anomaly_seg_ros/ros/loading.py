@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model with its device, opened and warm, as the worker holds it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 import os
 from pathlib import Path
@@ -19,26 +20,29 @@ BUNDLED_MODEL = 'models/demo.onnx'
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A warm pipeline, its backend and where it came from."""
+    """
+    A warm pipeline and its backend.
 
-    path: Path
-    sha256: str
-    backend: Backend
+    Attributes
+    ----------
+    pipeline, backend
+        Closed together by ``close``.
+    path
+        The model file.
+    about
+        Model and backend in words, for diagnostics.
+
+    """
+
     pipeline: Pipeline
+    backend: Backend
+    path: Path
+    about: Mapping[str, str]
 
     @property
     def card(self) -> ModelCard:
         """The model's card."""
         return self.pipeline.card
-
-    def describe(self) -> dict[str, str]:
-        """Tell model and backend, for diagnostics."""
-        card = self.card
-        return {
-            'name': card.name, 'path': str(self.path), 'sha256': self.sha256,
-            'network': card.network, 'score': card.score, 'precision': card.precision,
-            'input_size': f'{card.input_size_hw[0]}x{card.input_size_hw[1]}',
-            **self.backend.describe()}
 
     def close(self) -> None:
         """Free the device."""
@@ -93,7 +97,15 @@ def open_model(model: ModelFile, parameters: NodeParameters,
     except BaseException:
         backend.close()
         raise
-    return LoadedModel(model.path, model.sha256, backend, pipeline)
+    return LoadedModel(pipeline, backend, model.path, _describe(model, backend))
+
+
+def _describe(model: ModelFile, backend: Backend) -> dict[str, str]:
+    card = model.card
+    return {
+        'name': card.name, 'path': str(model.path), 'sha256': model.sha256,
+        'network': card.network, 'score': card.score, 'precision': card.precision,
+        'input_size': f'{card.input_size_hw[0]}x{card.input_size_hw[1]}', **backend.describe()}
 
 
 def _options(parameters: NodeParameters) -> dict[str, Any]:

@@ -84,6 +84,12 @@ class ModelSwap:
         """Throw away the model that is being loaded, if any."""
         self._cancelled = True
 
+    def join(self, timeout_s: float) -> bool:
+        """Wait until nothing is being loaded; False if it takes longer."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
     @contextmanager
     def restore(self) -> Iterator[None]:
         """Mark the time in which the parameter is set back."""

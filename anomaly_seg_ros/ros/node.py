@@ -9,6 +9,8 @@ reports. A callback here converts, calls and publishes; the pipeline is in the c
 from collections.abc import Callable, Sequence
 import logging
 import math
+import os
+import signal
 import sys
 import threading
 import time
@@ -110,10 +112,19 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._transition_error = '; then '.join(filter(None, (reason, self._transition_error)))
         return result
 
-    def close(self) -> None:
-        """Stop the threads and free the device, before the node is destroyed."""
+    def close(self) -> bool:
+        """
+        Stop the threads and free the device, before the node is destroyed.
+
+        Returns False if a thread did not end; the process can then not end in order.
+        """
         self._watchdog.stop()
-        self._free()
+        try:
+            self._free()
+        except RuntimeError as error:
+            self.get_logger().fatal(str(error))
+            return False
+        return self._swap.join(_STOP_TIMEOUT_S)
 
     def report_error(self, error: Exception) -> None:
         """Count and show an error that a callback did not handle."""
@@ -156,7 +167,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         began_s = time.monotonic()
         model = open_model(read_model(parameters.model), parameters)
         self.get_logger().info(f'{model.path}: {model.card.name} on '
-                               f'{model.describe()["backend"]}, warm in '
+                               f'{model.about["backend"]}, warm in '
                                f'{time.monotonic() - began_s:.1f} s')
         try:
             self._outputs = Outputs(self, parameters)
@@ -174,7 +185,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
     def _activate(self) -> None:
         assert self._worker is not None and self._outputs is not None
         parameters = self._settings
-        self._outputs.publish_label_info(self._worker.model.card, self._threshold())
+        self._publish_label_info(self._worker.model)
         self._monitor.activated()
         self._worker.activate()
         qos = QoSProfile(depth=parameters.qos_depth,
@@ -281,12 +292,12 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
     def _swapped(self, model: LoadedModel) -> None:
         self._swap.report = f'{model.path} took over'
         self.get_logger().info(self._swap.report)
-        if self._outputs is not None:
-            self._outputs.publish_label_info(model.card, self._threshold())
+        self._publish_label_info(model)
 
-    def _threshold(self) -> float:
-        assert self._worker is not None
-        return self._settings.obstacle_settings(self._worker.model.card).threshold
+    def _publish_label_info(self, model: LoadedModel) -> None:
+        if self._outputs is not None:
+            self._outputs.publish_label_info(
+                model.card, self._settings.obstacle_settings(model.card).threshold)
 
     # Diagnostics
 
@@ -329,13 +340,13 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         model: dict[str, str] = {}
         note = ''
         if worker is not None:
-            card = worker.model.card
-            own = not math.isnan(self._settings.threshold)
-            source = 'parameter threshold' if own else card.threshold_source
-            model = {**worker.model.describe(), 'threshold': f'{self._threshold():.6g}',
-                     'threshold_source': source,
-                     'minimum_area_px': str(self._settings.minimum_area_px),
-                     'region': self._settings.region}
+            card, parameters = worker.model.card, worker.parameters
+            settings = parameters.obstacle_settings(card)
+            source = card.threshold_source if math.isnan(parameters.threshold) \
+                else 'parameter threshold'
+            model = {**worker.model.about, 'threshold': f'{settings.threshold:.6g}',
+                     'threshold_source': source, 'region': settings.region,
+                     'minimum_area_px': str(settings.minimum_area_px)}
             if source.startswith('provisional'):
                 note = f'threshold is {source}'
         return NodeState(
@@ -350,8 +361,15 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the node until it is interrupted; returns 0, or 2 for a wrong parameter."""
+    """
+    Run the node until it is interrupted.
+
+    Returns 0, or 2 for a wrong parameter; exits with 1 if the worker is stuck at the end.
+    """
     logging.basicConfig(level=logging.INFO, format='[%(levelname)s] [%(name)s]: %(message)s')
+    # rclpy ends the context on SIGINT; a KeyboardInterrupt in the middle of its callbacks on top
+    # of that would leave them half done.
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     rclpy.init(args=args)
     try:
         node = AnomalySegNode()
@@ -365,7 +383,9 @@ def main(args: Sequence[str] | None = None) -> int:
         while _spin_once(executor, node):
             pass
     finally:
-        node.close()
+        if not node.close():
+            # Ending in order would wait for ever, or free what the thread still uses.
+            os._exit(1)
         node.destroy_node()
         rclpy.try_shutdown()
     return 0
@@ -375,10 +395,11 @@ def _spin_once(executor: SingleThreadedExecutor, node: AnomalySegNode) -> bool:
     """Run one callback; False once the node is to end. A callback's error does not end it."""
     try:
         executor.spin_once()
-    except (KeyboardInterrupt, ExternalShutdownException):
+    except ExternalShutdownException:
         return False
     except Exception as error:
-        node.report_error(error)
+        if rclpy.ok():
+            node.report_error(error)
     return rclpy.ok()
 
 
