@@ -262,7 +262,7 @@ def _check_request(request: ExportRequest, frames: Iterable[np.ndarray] | None,
             raise UserError('int8 is made as a host graph only; choose --input-variant host')
     if request.precision == 'int8' and (frames is None or not gate):
         raise UserError('int8 is calibrated on frames of your camera and kept only if the metrics '
-                        'hold: give --frames (a folder or a bag) and --dataset with --root')
+                        'hold: give --frames, and --gate-dataset with --gate-root')
     try:
         score_function(request.score)
     except ValueError as error:
