@@ -99,7 +99,7 @@ def test_frame_report_carries_the_frame_header() -> None:
 def test_label_info_names_every_class_and_unlabelled() -> None:
     pytest.importorskip('vision_msgs')
     from test_ros_parameters import card
-    message = label_info(card(), 0.25, header())
+    message = label_info(card(score_range=(-1.0, 3.0)), 0.0, header())
     names = {item.class_id: item.class_name for item in message.class_map}
     assert names[0] == 'road' and names[18] == 'bicycle' and names[255] == 'unlabelled'
     assert len(names) == 20 and message.threshold == pytest.approx(0.25)

@@ -97,11 +97,18 @@ def _scaled_matrix(values: Sequence[float], columns: int, sx: float, sy: float) 
 
 
 def label_info(card: ModelCard, threshold: float, header: Header) -> Any:
-    """Return a vision_msgs/LabelInfo that names the class ids of ``~/output/labels``."""
+    """
+    Return a vision_msgs/LabelInfo that names the class ids of ``~/output/labels``.
+
+    Its ``threshold`` is 0 to 1 by the message's definition: the decision threshold on the scale
+    of ``~/output/anomaly_u8``, divided by 255.
+    """
     from vision_msgs.msg import LabelInfo, VisionClass
+    low, high = card.score_range
     names = {**dict(enumerate(card.classes)), UNLABELLED: 'unlabelled'}
-    return LabelInfo(header=header, threshold=threshold, class_map=[
-        VisionClass(class_id=index, class_name=name) for index, name in names.items()])
+    return LabelInfo(
+        header=header, threshold=min(1.0, max(0.0, (threshold - low) / (high - low))),
+        class_map=[VisionClass(class_id=index, class_name=name) for index, name in names.items()])
 
 
 def frame_report(header: Header, node_name: str, values: Mapping[str, Any]) -> DiagnosticArray:
