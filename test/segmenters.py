@@ -23,9 +23,12 @@ CONVNEXT = {'model_type': 'convnext', 'hidden_sizes': [16, 32, 64, 128], 'depths
             'out_features': STAGES}
 VIT = {'hidden_size': 32, 'num_hidden_layers': 4, 'num_attention_heads': 4}
 
-# Gain of the weights of Mask2Former's parts that are not left as initialised.
+# Gain of the weights of the parts that are not left as initialised. Mask2Former looks where its
+# own masks are: noise must not decide where that is.
 MASK2FORMER_GAINS = {'mask_projection': 1, 'adapter': 1, 'input_projections': 1,
                      'class_predictor': 4, 'mask_embedder': 1.2, 'queries_': 12}
+HEAD_GAINS = {'class': 4, 'mask_head': 2, 'upscale_block': 1.5, 'query': 12, 'head.head': 2,
+              'decode_head': 1.5}
 
 # Network name -> model class, processor class, a small configuration.
 SMALL: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -67,23 +70,26 @@ def family(case: str) -> str:
     return case.partition('-')[0]
 
 
-def build(case: str, classes: tuple[str, ...] = CITYSCAPES_CLASSES, **changes: Any) -> Any:
-    """Make the library's model with random weights that give lively answers."""
-    kind, _, settings = SMALL[case]
+def build(case: str, classes: tuple[str, ...] = CITYSCAPES_CLASSES,
+          settings: dict[str, Any] | None = None) -> Any:
+    """
+    Make the library's model with random weights that give lively answers.
+
+    ``settings`` replace the small configuration; the library's own initialisation then stays but
+    for the last layers, because many random layers on top of each other are chaotic.
+    """
+    kind, _, small = SMALL[case]
     torch.manual_seed(2)
-    config = kind.config_class(id2label=dict(enumerate(classes)), **{**settings, **changes})
+    config = kind.config_class(id2label=dict(enumerate(classes)),
+                               **(small if settings is None else settings))
     model = kind(config).eval()
+    gains = MASK2FORMER_GAINS if case == 'mask2former' else HEAD_GAINS if settings else {'': 1.5}
     with torch.no_grad():
-        if case == 'mask2former':  # looks where its own masks are: noise must not decide
-            for name, parameter in model.named_parameters():
-                gain = next((g for part, g in MASK2FORMER_GAINS.items() if part in name), None)
-                if gain is not None and parameter.ndim > 1:
-                    parameter.normal_(0, gain / parameter[0].numel() ** 0.5)
-            return model
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:  # the library's own initialisation is nearly silent
-                parameter.normal_(0, 1.5 / parameter[0].numel() ** 0.5)
-            elif 'class' in name or name.endswith('head.4.bias'):
+            gain = next((g for part, g in gains.items() if part in name), None)
+            if gain is not None and parameter.ndim > 1:
+                parameter.normal_(0, gain / parameter[0].numel() ** 0.5)
+            elif '' in gains and ('class' in name or name.endswith('head.4.bias')):
                 parameter.normal_(0, 0.3)
         if case == 'eomt':
             model.attn_mask_probs.zero_()  # as at the end of training
