@@ -2,12 +2,16 @@
 """
 Static int8 quantisation of an exported graph, kept only if the metrics hold.
 
-Weights and activations of the convolutions become int8 between QuantizeLinear and
-DequantizeLinear nodes (QDQ), which ONNX Runtime, OpenVINO and TensorRT all understand. The ranges
-of the activations are measured on frames of the user's camera.
+Weights (int8) and activations (uint8) of the convolutions pass through QuantizeLinear and
+DequantizeLinear nodes (QDQ), which ONNX Runtime and OpenVINO run in integers. The ranges of the
+activations are measured on frames of the user's camera. Transposed convolutions stay in float:
+ONNX Runtime has no integer kernel for them, and the last one makes the logits, whose digits are
+the anomaly score.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 import tempfile
 from typing import Any, TYPE_CHECKING
@@ -22,10 +26,9 @@ import numpy as np
 if TYPE_CHECKING:
     from anomaly_seg_ros.datasets.frame import Frame
 
-# Transposed convolutions stay in float: ONNX Runtime has no int8 kernel for them, and the last one
-# makes the logits, whose digits are the anomaly score.
-QUANTISED = ('Conv', 'Add', 'MaxPool', 'Concat')
-__all__ = ['check_drop', 'quantize']
+# Activations beyond this percentile are clipped. With plain minima and maxima single outliers take
+# the range: ERFNet then loses 4 points of mean IoU, with this 1.
+PERCENTILE = 99.99
 
 
 def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray]) -> bytes:
@@ -51,6 +54,12 @@ def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray]) -> byt
         def __init__(self) -> None:
             self.left = iter(frames)
 
+        def __len__(self) -> int:
+            return len(frames)
+
+        def set_range(self, start_index: int, end_index: int) -> None:
+            self.left = iter(frames[start_index:end_index])
+
         def get_next(self) -> dict[str, np.ndarray] | None:
             frame = next(self.left, None)
             return None if frame is None else {'image': preprocess(frame).copy()}
@@ -60,14 +69,15 @@ def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray]) -> byt
         (folder / 'float.onnx').write_bytes(graph)
         # Folds batch normalisation into the convolutions, which otherwise keeps them in float.
         quant_pre_process(folder / 'float.onnx', folder / 'folded.onnx', skip_symbolic_shape=True)
-        quantization.quantize_static(
-            folder / 'folded.onnx', folder / 'int8.onnx', Frames(),
-            quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-            activation_type=quantization.QuantType.QInt8,
-            weight_type=quantization.QuantType.QInt8, op_types_to_quantize=list(QUANTISED),
-            calibrate_method=quantization.CalibrationMethod.MinMax,
-            # Zero points of 0 are what TensorRT takes.
-            extra_options={'ActivationSymmetric': True, 'WeightSymmetric': True})
+        with redirect_stdout(StringIO()):  # it prints each frame
+            quantization.quantize_static(
+                folder / 'folded.onnx', folder / 'int8.onnx', Frames(),
+                quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8, op_types_to_quantize=['Conv'],
+                calibrate_method=quantization.CalibrationMethod.Percentile,
+                # One frame at a time: the histograms of all layers would not fit otherwise.
+                extra_options={'CalibPercentile': PERCENTILE, 'CalibStridedMinMax': 1})
         return (folder / 'int8.onnx').read_bytes()
 
 

@@ -214,7 +214,7 @@ def main() -> int:
     text = markdown(rows, notes, arguments.threads)
     print(text)
     if not arguments.no_write:
-        write(ROOT / 'docs/backends.md', 'erfnet', text)
+        write_table(ROOT / 'docs/backends.md', 'erfnet', text)
     return 0
 
 
@@ -232,7 +232,7 @@ def markdown(rows: Sequence[Row], notes: Sequence[str], threads: int) -> str:
                       *(f'- {note}' for note in notes)])
 
 
-def write(path: Path, name: str, text: str) -> None:
+def write_table(path: Path, name: str, text: str) -> None:
     """Replace what stands between the markers in a file."""
     old = path.read_text(encoding='utf-8')
     begin, end = BEGIN.format(name), END.format(name)

@@ -13,7 +13,6 @@ python benchmarks/erfnet_speedup.py --threads 2 --frames 20
 
 import argparse
 from collections.abc import Callable
-import json
 import os
 from pathlib import Path
 import sys
@@ -25,9 +24,11 @@ from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import Pipeline, STAGES
+from backends import write_table
 import cv2
 import numpy as np
 
+ROOT = Path(__file__).resolve().parent.parent
 FRAME_HW, INPUT_HW = (1024, 2048), (512, 1024)
 TARGETS = {'onnxruntime cpu': 5.0, 'openvino speed': 7.0}
 REST_MS = 8.0
@@ -79,9 +80,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--frames', type=int, default=10)
-    parser.add_argument('--json', type=Path, help='write the figures here as well')
+    parser.add_argument('--write', action='store_true',
+                        help='put the table into docs/backends.md')
     parser.add_argument('--data', type=Path, default=Path(os.environ.get(
-        'ANOMALY_SEG_DATA', Path(__file__).resolve().parent.parent.parent / 'shared/data')))
+        'ANOMALY_SEG_DATA', ROOT.parent / 'shared/data')))
     arguments = parser.parse_args()
 
     import torch
@@ -133,16 +135,13 @@ def report(frames: list[np.ndarray], arguments: argparse.Namespace,
                 times[name].append(seconds * 1e3)
     base = float(np.median(times['PyTorch']))
     missed = 0
-    print(f'{arguments.threads} threads, {arguments.frames} frames of 2048x1024, ms')
-    print(f'{"":16} {"p50":>8} {"p99":>8} {"speed-up":>9} {"all but run":>12}  stages')
-    figures = {}
+    lines = [f'{arguments.threads} threads, {arguments.frames} frames of 2048x1024, ms',
+             f'{"":16} {"p50":>8} {"p99":>8} {"speed-up":>9} {"all but run":>12}  stages']
     for name, values in times.items():
         p50, p99 = (float(v) for v in np.percentile(values, (50, 99)))
         line = f'{name:16} {p50:8.1f} {p99:8.1f} {base / p50:9.2f}'
-        figures[name] = {'p50_ms': p50, 'p99_ms': p99, 'speed_up': base / p50}
         if name in rest:
             others = float(np.median(rest[name]))
-            figures[name]['rest_ms'] = others
             medians = np.median(stages[name], 0)
             text = ', '.join(f'{stage} {value:.1f}'
                              for stage, value in zip(STAGES, medians, strict=True))
@@ -150,9 +149,10 @@ def report(frames: list[np.ndarray], arguments: argparse.Namespace,
             reached = base / p50 >= TARGETS[name] and others < REST_MS
             line += '' if reached else f'  MISSED: {TARGETS[name]:g}x, under {REST_MS:g} ms'
             missed += not reached
-        print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        lines.append(line)
+    print('\n'.join(lines))
+    if arguments.write:
+        write_table(ROOT / 'docs/backends.md', 'speedup', '\n'.join(['```', *lines, '```']))
     return int(missed > 0)
 
 

@@ -15,6 +15,8 @@ from anomaly_seg_ros.engine import (
     record_path, tensorrt_graph)
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import load_model_file, ModelFile, write_model_file
+from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.preprocess import Preprocessor
 from cards import card, identity_graph, identity_model
 import fake_cuda
 from fake_tensorrt import install, State
@@ -90,6 +92,20 @@ def test_frames_reuse_buffers_and_graph(fake: State, model: ModelFile) -> None:
         assert fake.cuda.calls['cudaGraphLaunch'] == 6
         assert fake.seen['executed'] == 2
     assert fake.cuda.calls['cudaStreamDestroy'] == 1
+
+
+def test_the_pipeline_writes_into_pinned_memory(fake: State, model: ModelFile) -> None:
+    """Preprocessing goes straight into the backend's buffer; detections are those of the CPU."""
+    build_engine(model, engine_path(model))
+    frames = np.random.default_rng(0).integers(0, 256, (3, 48, 80, 3), dtype=np.uint8)
+    with open_backend(model, 'tensorrt') as backend, open_backend(model, 'cpu') as cpu:
+        pipeline, reference = Pipeline(backend), Pipeline(cpu)
+        for frame in frames:
+            detection, expected = pipeline(frame), reference(frame)
+            np.testing.assert_array_equal(detection.anomaly, expected.anomaly)
+            np.testing.assert_array_equal(detection.labels, expected.labels)
+            np.testing.assert_array_equal(backend.input_buffer[0].transpose(1, 2, 0),
+                                          Preprocessor(model.card)(frame)[0].transpose(1, 2, 0))
 
 
 def test_without_a_graph_every_frame_is_enqueued(fake: State, model: ModelFile) -> None:
