@@ -74,15 +74,13 @@ def main() -> int:
 
 def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: float,
          rate_hz: float) -> int:
-    """Send frames for ``minutes`` and judge what the node used."""
+    """Send frames for ``minutes`` and judge what the node used after the warm-up."""
     process = psutil.Process(run.pid)
     began = time.monotonic()
-    warm_s = min(120.0, minutes * 60 / 4)
+    warm_s = min(300.0, minutes * 60 / 4)
     sent = answered = bad = index = 0
-    first: tuple[float, int, int] | None = None
-    reports = 0
-    peak = (0.0, 0, 0)
-    next_line = 60.0
+    uses: list[tuple[float, float, int, int]] = []  # seconds, MiB, threads, files
+    warm: tuple[float, int] | None = None  # seconds, reports
     while (now := time.monotonic() - began) < minutes * 60:
         while (left := began + index / rate_hz - time.monotonic()) > 0:
             run.client.spin(left)
@@ -101,25 +99,30 @@ def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: fl
             run.client.take(stamp_ns)
             answered += 1
         run.check()
-        use = (process.memory_info().rss / 2**20, process.num_threads(), process.num_fds())
-        if first is None and now > warm_s:
-            first, reports, counted_from = use, run.client.reports, time.monotonic()
-        if first is not None:
-            peak = tuple(map(max, peak, use))  # type: ignore[assignment]
-        if now > next_line:
-            print(f'{now / 60:>7.1f}{use[0]:>8.0f}{use[1]:>9}{use[2]:>7}{sent:>8}{answered:>10}'
-                  f'{run.client.reports:>9}', flush=True)
-            next_line += 60.0
-    if first is None:
+        if warm is None and now > warm_s:
+            warm = (now, run.client.reports)
+        if not uses or now - uses[-1][0] >= 1:
+            uses.append((now, process.memory_info().rss / 2**20, process.num_threads(),
+                         process.num_fds()))
+            if int(now) % 60 == 0:
+                print(f'{now / 60:>7.1f}{uses[-1][1]:>8.0f}{uses[-1][2]:>9}{uses[-1][3]:>7}'
+                      f'{sent:>8}{answered:>10}{run.client.reports:>9}', flush=True)
+    if warm is None:
         raise SystemExit('too short to judge')
-    expected = (time.monotonic() - counted_from) / PERIOD_S
-    missed = max(0, round(expected) - 1 - (run.client.reports - reports))
-    grown = use[0] / first[0] - 1
-    # While a model is loaded there is one thread more, and its own.
-    print(f'memory {first[0]:.0f} -> {use[0]:.0f} MiB ({grown:+.1%}), threads {first[1]} -> '
-          f'{use[1]} (at most {peak[1]}), files {first[2]} -> {use[2]} (at most {peak[2]}), '
-          f'missed diagnostics {missed}, answered {answered} of {sent}, bad frames {bad}')
-    good = grown <= GROWTH and use[1] <= first[1] and use[2] <= first[2] and missed == 0
+    missed = max(0, round((time.monotonic() - began - warm[0]) / PERIOD_S) - 1
+                 - (run.client.reports - warm[1]))
+    # Medians of the first and the last fifth: single samples move with the frames' size, and
+    # while a model is being loaded there is one thread more.
+    after = np.array([use for use in uses if use[0] >= warm[0]])
+    part = max(1, len(after) // 5)
+    first, last = (np.median(after[rows], axis=0)[1:] for rows in
+                   (slice(None, part), slice(-part, None)))
+    grown = last[0] / first[0] - 1
+    print(f'after warm-up of {warm[0]:.0f} s: memory {first[0]:.0f} -> {last[0]:.0f} MiB '
+          f'({grown:+.1%}), threads {first[1]:.0f} -> {last[1]:.0f}, files {first[2]:.0f} -> '
+          f'{last[2]:.0f}, missed diagnostics {missed}; answered {answered} of {sent}, bad frames '
+          f'{bad}')
+    good = grown <= GROWTH and (last[1:] <= first[1:]).all() and missed == 0
     print('passed' if good else 'FAILED')
     return 0 if good else 1
 
