@@ -2,11 +2,10 @@
 """
 Static int8 quantisation of an exported graph, kept only if the metrics hold.
 
-Weights (int8) and activations (uint8) of the convolutions pass through QuantizeLinear and
-DequantizeLinear nodes (QDQ), which ONNX Runtime and OpenVINO run in integers. The ranges of the
-activations are measured on frames of the user's camera. Transposed convolutions stay in float:
-ONNX Runtime has no integer kernel for them, and the last one makes the logits, whose digits are
-the anomaly score.
+Weights and activations of the convolutions pass through QuantizeLinear and DequantizeLinear nodes
+(QDQ), which ONNX Runtime, OpenVINO and TensorRT run in integers. The ranges of the activations are
+measured on frames of the user's camera. Transposed convolutions stay in float: ONNX Runtime has no
+integer kernel for them, and the last one makes the logits, whose digits are the anomaly score.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from anomaly_seg_ros.datasets.frame import Frame
 
 # Activations beyond this percentile are clipped. With plain minima and maxima single outliers take
-# the range: ERFNet then loses 4 points of mean IoU, with this 1.
+# the range: ERFNet then loses 14 points of mean IoU, with this less than 1.
 PERCENTILE = 99.99
 
 
@@ -73,11 +72,13 @@ def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray]) -> byt
             quantization.quantize_static(
                 folder / 'folded.onnx', folder / 'int8.onnx', Frames(),
                 quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
+                activation_type=quantization.QuantType.QInt8,
                 weight_type=quantization.QuantType.QInt8, op_types_to_quantize=['Conv'],
                 calibrate_method=quantization.CalibrationMethod.Percentile,
-                # One frame at a time: the histograms of all layers would not fit otherwise.
-                extra_options={'CalibPercentile': PERCENTILE, 'CalibStridedMinMax': 1})
+                # Zero points of 0 are what TensorRT takes. One frame at a time: the histograms
+                # of all layers would not fit into memory otherwise.
+                extra_options={'ActivationSymmetric': True, 'CalibPercentile': PERCENTILE,
+                               'CalibStridedMinMax': 1})
         return (folder / 'int8.onnx').read_bytes()
 
 
