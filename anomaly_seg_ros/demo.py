@@ -28,7 +28,7 @@ class DemoResult:
     metrics: dict[str, Any]
 
 
-def run_demo(output: Path | str, *, frames: int = 60, seed: int = 2026,
+def run_demo(output: Path | str, *, frames: int = 60, seed: int = 23,
              model: Path | None = None, progress: Progress | None = None) -> DemoResult:
     """
     Render a drive, record it, send it through the live node, score the answers.

@@ -185,6 +185,10 @@ def train(options: argparse.Namespace, log: dict[str, Any]) -> RoadNet:
                                  options.cache)
     weights = class_weights(labels)
     network = RoadNet(len(CITYSCAPES_CLASSES)).train().to(memory_format=torch.channels_last)
+    if options.start_from is not None:
+        from safetensors.torch import load_file
+        network.load_state_dict({key: value.float() if value.is_floating_point() else value
+                                 for key, value in load_file(options.start_from).items()})
     log['parameters'] = parameter_count(network)
     print(f"{log['parameters']} parameters", flush=True)
     decay = [p for p in network.parameters() if p.ndim > 1]
@@ -339,7 +343,11 @@ def main() -> None:
     parser.add_argument('--steps', type=int, default=4000, help='optimiser steps')
     parser.add_argument('--batch', type=int, default=8, help='images per step')
     parser.add_argument('--lr', type=float, default=4e-3, help='highest learning rate')
-    parser.add_argument('--outlier-weight', type=float, default=0.35)
+    parser.add_argument('--outlier-weight', type=float, default=0.35,
+                        help='weight of the outlier loss')
+    parser.add_argument('--start-from', type=Path, help='weights of an earlier run to go on from')
+    parser.add_argument('--whole-from', type=float, default=0.75,
+                        help='share of the steps that see crops, before whole frames')
     parser.add_argument('--scenes', type=int, default=2400, help='training scenes to render')
     parser.add_argument('--first-scene', type=int, default=100000, help='seed of the first scene')
     parser.add_argument('--cache', type=Path, help='.npz to keep the rendered scenes in, and to '

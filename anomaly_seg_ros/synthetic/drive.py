@@ -16,6 +16,9 @@ import numpy as np
 # Banks of house fronts, trees and people: training scenes use the first, drives those above.
 TRAINING_BANKS = 40
 _TEST_BANKS = 50
+# Drives take place in suburbs and, unless asked otherwise, in milder weather; training sees towns,
+# parks, open country, dusk and fog too.
+_WEATHERS = ('clear', 'golden', 'overcast', 'rain')
 
 
 class SyntheticDrive(FrameSource):
@@ -39,7 +42,7 @@ class SyntheticDrive(FrameSource):
     rate_hz
         Frames per second of the drive's time.
     weather
-        One of ``world.WEATHERS``; drawn from the seed when None.
+        One of ``world.WEATHERS``; one of the milder ones, drawn from the seed, when None.
 
     Raises
     ------
@@ -70,8 +73,10 @@ class SyntheticDrive(FrameSource):
         rng = np.random.default_rng([seed, 1])
         self._speed = float(rng.uniform(6.5, 10.5))
         length = frames / rate_hz * self._speed + 200.0
-        self.world = make_world(rng, length, weather, bank=_TEST_BANKS + seed % 1000,
-                                speed_mps=self._speed)
+        weather = weather or str(rng.choice(_WEATHERS))
+        self.world = make_world(rng, length, weather, ('suburb', 'suburb'),
+                                bank=_TEST_BANKS + seed % 1000, speed_mps=self._speed,
+                                parking_share=1.0)
         # One width of road whatever the number of lanes: drive in the rightmost.
         self._lane = max(self.world.lanes)
         self._height, self._focal = float(rng.uniform(1.35, 1.65)), float(rng.uniform(0.75, 0.9))

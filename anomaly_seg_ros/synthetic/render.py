@@ -20,6 +20,11 @@ UP = np.array([0.0, 1.0, 0.0])
 # Distance from which things are drawn, metres; thin ones would be under a pixel or two before.
 _SEEN_TO_M = {'house': 260.0, 'tree': 260.0, 'lamp': 95.0, 'sign': 95.0,
               'delineator': 70.0, 'person': 110.0}
+# Thin and small things keep their label up to here; beyond, they are a few pixels of a frame.
+_LABELLED_TO_M = {'lamp': 40.0, 'sign': 45.0, 'delineator': 30.0, 'person': 45.0,
+                  'obstacle': 40.0}
+# Label, while painting, of obstacles further away than that; void in the mask.
+_FAR_OBSTACLE = 253
 _TURN = np.arange(12) * (math.pi / 6)
 _CIRCLE = np.stack([np.cos(_TURN), np.zeros(12), np.sin(_TURN)], 1)
 _SQUIRCLE = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.5
@@ -44,23 +49,34 @@ def render(world: World, view: View, time_s: float, noise_seed: tuple[int, ...]
     Returns
     -------
     tuple
-        Image uint8 RGB (H, W, 3); labels uint8 (H, W), train ids, 255 on obstacles and where no
-        class fits; mask uint8 (H, W): 0 in-distribution, 1 obstacle, 255 void, which is the one
-        or two pixels around an obstacle.
+        Image uint8 RGB (H, W, 3); labels uint8 (H, W), train ids, 255 on obstacles, on small
+        things far away and where no class fits; mask uint8 (H, W): 0 in-distribution, 1 obstacle,
+        255 void, which is the pixel around an obstacle and obstacles over 40 m away.
 
     """
     canvas = Canvas(view, world.light)
     _paint_sky(canvas, world)
     _paint_ground(canvas, world, time_s)
     for _, item in sorted(_visible(world, view, time_s), key=lambda pair: -pair[0]):
+        limit = _LABELLED_TO_M.get(item.kind)
+        if limit is None or item.at(time_s) - view.pose.s <= limit:
+            _PAINTERS[item.kind](canvas, world, item, time_s)
+            continue
+        # Too far to be outlined by hand: painted, but left without a label.
+        before = canvas.labels.copy()
         _PAINTERS[item.kind](canvas, world, item, time_s)
+        canvas.labels[canvas.labels != before] = (
+            _FAR_OBSTACLE if item.kind == 'obstacle' else 255)
     image = _photograph(canvas, np.random.default_rng([*noise_seed, 71]))
+    far = canvas.labels == _FAR_OBSTACLE
     obstacle = (canvas.labels == OBSTACLE).astype(np.uint8)
     mask = obstacle
     if obstacle.any():
         grown = cv2.dilate(obstacle, np.ones((3, 3), np.uint8))
         mask = np.where(grown > obstacle, np.uint8(255), obstacle)
         canvas.labels[obstacle > 0] = 255
+    canvas.labels[far] = 255
+    mask[far] = 255
     _unlabel_specks(canvas.labels)
     return image, canvas.labels, mask
 

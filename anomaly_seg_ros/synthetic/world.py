@@ -127,7 +127,7 @@ def make_light(rng: np.random.Generator, weather: str | None = None) -> Lighting
 
 
 def make_world(rng: np.random.Generator, length_m: float, weather: str | None = None,
-               styles: tuple[str, str] | None = None, bank: int = 0,
+               styles: tuple[str, str] | None = None, bank: int = 0, parking_share: float = 0.55,
                speed_mps: float = 9.0) -> World:
     """
     Draw a road of ``length_m`` metres.
@@ -140,6 +140,8 @@ def make_world(rng: np.random.Generator, length_m: float, weather: str | None = 
         Things are placed for s from -10 to ``length_m``.
     weather, styles
         One of WEATHERS, and one of SIDE_STYLES for the left and the right; drawn when None.
+    parking_share
+        Chance of cars parked along each side of a town's or suburb's street.
     bank
         Number of the bank of house fronts, trees and people, so that training and test worlds
         do not share any one of them.
@@ -163,8 +165,8 @@ def make_world(rng: np.random.Generator, length_m: float, weather: str | None = 
     per_side = 2 if styles[0] == 'urban' and rng.random() < 0.25 else 1
     lanes = tuple((k + 0.5) * lane for k in range(-per_side, per_side))
     half = per_side * lane
-    parking = tuple(2.1 if style in ('urban', 'suburb') and rng.random() < 0.55 else 0.0
-                    for style in styles)
+    parking = tuple(2.1 if style in ('urban', 'suburb') and rng.random() < parking_share
+                    else 0.0 for style in styles)
     kerbs = (-half - parking[0] - 0.3, half + parking[1] + 0.3)
     walks = tuple(float(rng.uniform(2.2, 4.2) if style == 'urban' else rng.uniform(1.5, 2.6))
                   if style != 'rural' else 0.0 for style in styles)
