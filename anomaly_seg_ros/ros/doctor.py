@@ -27,8 +27,7 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
-from rclpy.qos import (
-    qos_check_compatible, QoSCompatibility, QoSProfile, ReliabilityPolicy)
+from rclpy.qos import qos_check_compatible, QoSCompatibility, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
 OK, WARN, ERROR = 'ok', 'WARN', 'ERROR'

@@ -370,6 +370,8 @@ def main(args: Sequence[str] | None = None) -> int:
     # rclpy ends the context on SIGINT; a KeyboardInterrupt in the middle of its callbacks on top
     # of that would leave them half done.
     signal.signal(signal.SIGINT, lambda number, frame: None)
+    # The longest that a thread waits for Python's lock; 5 ms by default, too long for a frame.
+    sys.setswitchinterval(5e-4)
     rclpy.init(args=args)
     try:
         node = AnomalySegNode()
