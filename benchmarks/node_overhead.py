@@ -119,9 +119,10 @@ def main() -> None:
                                             'preprocess', 'network', 'upsample', 'obstacles',
                                             'convert', 'publish', 'transport out', 'end to end')},
         'node, all but network and transport': own})
-    first, last = memory[min(4, len(memory) - 1)], memory[-1]
-    print(f'memory of the node after {min(250, total)} frames {first:.0f} MiB, after '
-          f'{len(memory) * 50} frames {last:.0f} MiB ({last / first - 1:+.1%})')
+    if len(memory) > 4:
+        first, last = memory[4], memory[-1]
+        print(f'memory of the node after 250 frames {first:.0f} MiB, after {len(memory) * 50} '
+              f'frames {last:.0f} MiB ({last / first - 1:+.1%})')
     p50 = float(np.median(own))
     print(f'target {TARGET_MS:.0f} ms p50: {"met" if p50 <= TARGET_MS else "MISSED"} '
           f'({p50:.2f} ms)')
