@@ -3,8 +3,9 @@
 Cheap checks whether a camera frame can be trusted at all.
 
 They look at some 2,300 samples and 12 small patches of the green channel, whatever the frame's
-size, and take a fraction of a millisecond: most of it is waiting for memory. The limits are set so that none of the ordinary
-street images tried raises a flag; they find a broken camera, not a poor picture.
+size, and take a fraction of a millisecond: most of it is waiting for memory. The limits are set
+so that none of the ordinary street images tried raises a flag; they find a broken camera, not a
+poor picture.
 """
 
 import cv2
