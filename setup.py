@@ -2,6 +2,7 @@
 """Build for both worlds: an ament_python package and a plain pip package."""
 
 from glob import glob
+from pathlib import Path
 import re
 
 from setuptools import find_packages, setup
@@ -24,12 +25,13 @@ extras = {
     'tensorrt': ['tensorrt-cu13==10.16.1.11'],
     'openvino': ['openvino>=2025.0'],
     'report': ['matplotlib>=3.7', 'jinja2>=3.1'],
-    'ray': ['ray>=2.40'],
+    'ray': ['ray[client]>=2.40'],
     'submission': ['h5py>=3.8'],
 }
 extras['test'] = [
     'pytest>=8', 'pytest-timeout>=2.3', 'hypothesis>=6.100', 'scikit-learn>=1.4', 'scipy>=1.10',
-    'psutil>=5.9', 'rosbags-image>=0.10', 'mcap>=1.2', 'pillow>=10', 'ruff', 'mypy>=1.11', 'types-PyYAML', 'flake8>=7',
+    'psutil>=5.9', 'rosbags-image>=0.10', 'mcap>=1.2', 'pillow>=10',
+    'ruff', 'mypy>=1.11', 'types-PyYAML', 'flake8>=7',
     'flake8-import-order', 'flake8-quotes', 'flake8-comprehensions', 'flake8-builtins',
     'flake8-docstrings', 'colcon-common-extensions']
 
@@ -38,7 +40,7 @@ setup(
     version=version,
     description='What in this camera image does my segmentation network not know: real-time '
                 'anomaly segmentation for ROS 2, with exact benchmark metrics',
-    long_description=open('README.md', encoding='utf-8').read(),
+    long_description=Path('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     maintainer='The anomaly_seg_ros developers',

@@ -335,7 +335,7 @@ def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
               help='Measure this one; may be given several times. Default: all there are.')
 @click.option('--frames', type=click.IntRange(1), default=100, show_default=True,
               help='Frames measured a backend.')
-@click.option('--warm-up', type=click.IntRange(0), default=10, show_default=True,
+@click.option('--warm-up', type=click.IntRange(0), default=5, show_default=True,
               help='Frames before that are not counted.')
 @click.option('--frame-size', 'frame_size_hw', type=SizeType(), default='1024x2048',
               show_default=True, help='Height x width of the camera frames.')
@@ -344,22 +344,24 @@ def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
 @click.option('--json', 'json_path', type=_FILE, help='Write everything measured here, too.')
 def bench_command(model: Path, backends: tuple[str, ...], frames: int, warm_up: int,
                   frame_size_hw: tuple[int, int], threads: int, json_path: Path | None) -> None:
-    """Measure MODEL stage by stage on this machine, p50 in milliseconds."""
-    from anomaly_seg_ros.bench import bench, bench_table
+    """Measure MODEL stage by stage on this machine; milliseconds, stages as p50."""
+    from dataclasses import asdict
+
+    from anomaly_seg_ros import bench
+    from anomaly_seg_ros.evaluate import machine, versions
     from anomaly_seg_ros.files import atomic_write_text
     with progress_bar() as progress:
-        report = bench(model, backends=backends, frames=frames, warm_up=warm_up,
-                       frame_size_hw=frame_size_hw, threads=threads, progress=progress)
-    header, rows = bench_table(report)
-    table = Table(*header, title=f'{model}, frames of {report.frame_size_hw[1]}x'
-                                 f'{report.frame_size_hw[0]}, ms')
+        results = bench.bench(model, names=backends or None, frames=frames, warm_up=warm_up,
+                              frame_size_hw=frame_size_hw, threads=threads, progress=progress)
+    header, *rows = bench.table(results)
+    table = Table(*header, title=f'{model}, frames of {frame_size_hw[1]}x{frame_size_hw[0]}')
     for row in rows:
         table.add_row(*row)
     OUT.print(table)
-    for name, reason in report.unavailable.items():
-        OUT.print(f'{name}: {reason}', highlight=False)
     if json_path is not None:
-        atomic_write_text(json_path, json.dumps(report.as_json(), indent=1) + '\n')
+        atomic_write_text(json_path, json.dumps(
+            {'model': str(model), 'results': [asdict(result) for result in results],
+             'versions': versions(), 'machine': machine()}, indent=1) + '\n')
 
 
 @cli.command('doctor')

@@ -3,7 +3,8 @@
 
 
 class UserError(RuntimeError):
-    """Something the user can mend: a file, a setting, a device.
+    """
+    Something the user can mend: a file, a setting, a device.
 
     The message names the file or setting, what was expected, what came and what to do.
     """

@@ -16,8 +16,7 @@ from typing import Any
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export import (
-    check_frames, check_graph, MAX_CHECK_FRAMES, threshold_and_range)
+from anomaly_seg_ros.export import check_frames, check_graph, MAX_CHECK_FRAMES, threshold_and_range
 from anomaly_seg_ros.files import atomic_write_bytes, sha256_file
 from anomaly_seg_ros.model_file import ModelCard, seal_model
 from anomaly_seg_ros.networks.class_sets import class_palette, drivable_classes

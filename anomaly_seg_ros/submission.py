@@ -9,12 +9,11 @@ SegmentMeIfYouCan (road-anomaly-benchmark, Evaluation.save_output): one HDF5 fil
 from collections.abc import Iterable
 from pathlib import Path
 
-import cv2
-import numpy as np
-
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write
 from anomaly_seg_ros.metrics.stored import read_npy
+import cv2
+import numpy as np
 
 SMIYC_DATASETS = ('AnomalyTrack-all', 'ObstacleTrack-all', 'LostAndFound-test',
                   'LostAndFound-train')

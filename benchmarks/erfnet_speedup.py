@@ -48,10 +48,9 @@ def load_frames(data: Path, count: int) -> list[np.ndarray]:
 
 def plain_pytorch(weights: Path, threshold: float) -> Callable[[np.ndarray], Answer]:
     """Return the way of the script that comes with a paper."""
+    from anomaly_seg_ros.networks import load_network
     import torch
     import torch.nn.functional as F
-
-    from anomaly_seg_ros.networks import load_network
 
     network = load_network('erfnet', weights).module
 
@@ -67,9 +66,8 @@ def plain_pytorch(weights: Path, threshold: float) -> Callable[[np.ndarray], Ans
 
 def random_weights(folder: Path) -> Path:
     """Write an untrained ERFNet, for machines without the real weights: equally slow."""
-    import torch
-
     from anomaly_seg_ros.networks.erfnet import ERFNet
+    import torch
 
     torch.save(ERFNet(20).state_dict(), folder / 'random.pth')
     return folder / 'random.pth'

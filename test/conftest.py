@@ -23,10 +23,9 @@ def real_data() -> Path:
 @pytest.fixture(scope='session')
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an ERFNet with random weights, exported at 64x128 with max_logit."""
-    import torch
-
     from anomaly_seg_ros.export import export_model, ExportRequest
     from anomaly_seg_ros.networks.erfnet import ERFNet
+    import torch
 
     folder = tmp_path_factory.mktemp('tiny_model')
     torch.manual_seed(7)

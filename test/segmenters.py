@@ -10,10 +10,10 @@ import transformers
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.eomt.image_processing_pil_eomt import EomtImageProcessorPil
-from transformers.models.mask2former.image_processing_pil_mask2former import \
-    Mask2FormerImageProcessorPil
-from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import \
-    MobileNetV2ImageProcessorPil
+from transformers.models.mask2former.image_processing_pil_mask2former import (
+    Mask2FormerImageProcessorPil)
+from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import (
+    MobileNetV2ImageProcessorPil)
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 STAGES = ['stage1', 'stage2', 'stage3', 'stage4']

@@ -173,8 +173,8 @@ def test_mcap_is_read_by_the_mcap_library(tmp_path: Path) -> None:
 
 def test_messages_are_read_by_rclpy(tmp_path: Path) -> None:
     serialization = pytest.importorskip('rclpy.serialization', reason='needs ROS or its wheels')
-    from sensor_msgs.msg import CompressedImage, Image
     from anomaly_seg_ros.images import image_from_message
+    from sensor_msgs.msg import CompressedImage, Image
     source = Frames(2)
     make_bag(source, tmp_path / 'raw', frame_id='front')
     make_bag(source, tmp_path / 'png', compressed='png')

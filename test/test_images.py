@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 from anomaly_seg_ros import images
 from anomaly_seg_ros.images import (
-    BadImage, decode_compressed, encoded_size_hw, ENCODINGS, image_from_message,
-    mask_from_message, message_array, message_data)
+    BadImage, decode_compressed, encoded_size_hw, ENCODINGS, image_from_message, mask_from_message,
+    message_array, message_data)
 import cv2
 import numpy as np
 import pytest

@@ -8,8 +8,7 @@ from typing import Any
 
 from anomaly_seg_ros.metrics import compat
 from anomaly_seg_ros.metrics.components import ComponentCounts
-from anomaly_seg_ros.metrics.pixel import (
-    pixel_metrics, PixelCurve, split_scores, SplitScores)
+from anomaly_seg_ros.metrics.pixel import pixel_metrics, PixelCurve, split_scores, SplitScores
 import numpy as np
 import pytest
 

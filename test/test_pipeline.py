@@ -181,10 +181,9 @@ def test_equals_pytorch_and_opencv(tiny_model: Path) -> None:
 
     At this scale of 3 no label lies half-way between two network pixels.
     """
+    from anomaly_seg_ros.networks.erfnet import ERFNet
     import torch
     import torch.nn.functional as F
-
-    from anomaly_seg_ros.networks.erfnet import ERFNet
 
     network = ERFNet(19).eval()
     network.load_state_dict(torch.load(tiny_model.parent / 'weights.pth', weights_only=True))

@@ -59,10 +59,9 @@ class TorchBackend(Backend):
         reason = self.unavailable(model)
         if reason is not None and not (weights and 'weights' in reason):
             raise UserError(f'{model.path}: backend torch: {reason}')
-        import torch
-
         from anomaly_seg_ros.export import build_module
         from anomaly_seg_ros.networks import load_network
+        import torch
 
         if device not in ('cpu', 'cuda'):
             raise ValueError(f'device must be cpu or cuda, got {device!r}')

@@ -293,8 +293,8 @@ ANIMALS: dict[str, tuple[float, float, float, float, tuple[int, int, int], str]]
     'sheep': (1.1, 0.62, 0.32, 0.14, (222, 216, 200), 'wool'),
     'zebra': (1.8, 0.56, 0.48, 0.32, (236, 232, 226), 'stripes')}
 
-# Too much like walls, markings, wheels and trunks for the bundled model to tell (under a quarter of
-# their pixels found); drives leave them out unless they are asked for by name.
+# Too much like walls, markings, wheels and trunks for the bundled model to tell (under a quarter
+# of their pixels found); drives leave them out unless they are asked for by name.
 HARD = ('refrigerator', 'mattress', 'tyre', 'deer', 'zebra')
 
 SHAPES: tuple[str, ...] = (*BOXES, *MESHES, *ANIMALS)

@@ -7,8 +7,7 @@ import math
 from anomaly_seg_ros.synthetic import world as w_
 from anomaly_seg_ros.synthetic.camera import FAR_M, Pose, View
 from anomaly_seg_ros.synthetic.canvas import Canvas, OBSTACLE
-from anomaly_seg_ros.synthetic.meshes import (
-    paint_mesh, shadow_polygon, vehicle, yaw_matrix)
+from anomaly_seg_ros.synthetic.meshes import paint_mesh, shadow_polygon, vehicle, yaw_matrix
 from anomaly_seg_ros.synthetic.obstacles import paint_obstacle
 from anomaly_seg_ros.synthetic.textures import (
     foliage_sprite, hedge_mips, house_mips, noise_tile, person_sprite)
