@@ -183,7 +183,15 @@ def to_onnx(module: 'nn.Module', example: 'Tensor') -> bytes:
                                 verbose=False)
     if program is None:
         raise UserError('torch.onnx.export gave no program')
-    data: bytes = program.model_proto.SerializeToString()
+    model = program.model_proto
+    # The exporter notes stack traces with the paths of this machine; they are nobody's business.
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input,
+                 *graph.output, *model.functions,
+                 *(node for function in model.functions for node in function.node)):
+        del part.metadata_props[:]
+        part.doc_string = ''
+    data: bytes = model.SerializeToString()
     return data
 
 

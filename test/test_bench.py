@@ -14,6 +14,7 @@ from anomaly_seg_ros.pipeline import STAGES
 from anomaly_seg_ros.ports import NetworkOutput
 from cards import identity_model
 import numpy as np
+from onnx import helper, numpy_helper, TensorProto
 import pytest
 
 
@@ -79,6 +80,23 @@ def test_a_backend_that_kills_its_process_is_reported(tmp_path: Path) -> None:
     dead = module._in_own_process('x', path, 'cpu', {'nonsense': 1}, [], 1, 1)
     assert dead.name == 'x'
     assert 'TypeError' in (dead.reason or '')
+
+
+def test_the_floor_counts_operations_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strided and a transposed convolution, counted by hand."""
+    monkeypatch.syspath_prepend(str(Path(module.__file__).resolve().parent.parent / 'benchmarks'))
+    from gpu import convolution_costs
+
+    weights = [numpy_helper.from_array(np.zeros(shape, np.float32), name)
+               for name, shape in (('w', (8, 3, 5, 5)), ('v', (8, 2, 2, 2)))]
+    nodes = [helper.make_node('Conv', ['x', 'w'], ['y'], strides=[2, 2], pads=[2] * 4),
+             helper.make_node('ConvTranspose', ['y', 'v'], ['z'], strides=[2, 2])]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+             for name, shape in (('x', (1, 3, 16, 32)), ('z', (1, 2, 16, 32)))]
+    model = helper.make_model(helper.make_graph(nodes, 'g', ports[:1], ports[1:], weights))
+    first, second = convolution_costs(model.SerializeToString())
+    assert first == (2 * 8 * 16 * 8 * 3 * 25, 2 * (3 * 16 * 32 + 8 * 3 * 25 + 8 * 8 * 16))
+    assert second == (2 * 16 * 32 * 2 * 8, 2 * (8 * 8 * 16 + 8 * 2 * 4 + 2 * 16 * 32))
 
 
 def test_unknown_names_and_counts_are_refused(tmp_path: Path) -> None:

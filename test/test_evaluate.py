@@ -218,6 +218,35 @@ def test_per_frame_statistics_are_those_of_the_score_map(
             assert float(row[f'score_{name}']) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize('name', ['smooth', 'saturated', 'few_valued'])
+def test_metrics_json_of_stored_maps_holds_the_golden_figures(name: str, real_data: Path,
+                                                              tmp_path: Path) -> None:
+    """The files that ``metrics`` writes from score maps on disk hold the reference codes' figures.
+
+    ``test_metrics_golden`` compares every figure; here they go through files and metrics.json.
+    """
+    golden = json.loads((real_data / 'golden' / f'{name}.json').read_text())
+    with np.load(real_data / 'golden' / f'{name}.npz') as maps:
+        for folder, key in ('s', 'scores'), ('m', 'masks'):
+            (tmp_path / folder).mkdir()
+            for index, array in enumerate(maps[key]):
+                np.save(tmp_path / folder / f'{index}.npy', array)
+    metrics_of_stored(tmp_path / 's', tmp_path / 'm', tmp_path / 'out', workers=2)
+    written = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    smiyc, caos = written['compat']['smiyc']['pixel'], written['compat']['caos_per_image']
+    for figure, code, tolerance in (
+            (written['pixel']['average_precision'], golden['AuPRC_sklearn_AP'], 1e-9),
+            (written['pixel']['auroc'], golden['AUROC_sklearn'], 1e-9),
+            (written['pixel']['fpr95'], golden['FPR95_fishyscapes'], 1e-9),
+            (written['pixel']['fpr95'], golden['FPR95_RbA'], 1e-9),
+            (smiyc['average_precision'], {'value': golden['SMIYC_pixel']['value']['AuPRC']}, 1e-6),
+            (caos['images_used'],
+             {'value': golden['CAOS_per_image_mean']['value']['images_used']}, 0)):
+        assert figure == pytest.approx(code['value'], abs=tolerance)
+    assert written['pixel']['pixels'] == golden['n']['value']['evaluated']
+    assert written['pixel']['positives'] == golden['n']['value']['positives']
+
+
 def test_percentiles_are_numpys() -> None:
     """p50, p95, p99 and max of 1..1000 ms."""
     values = [float(v) for v in range(1, 1001)]

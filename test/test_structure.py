@@ -78,3 +78,11 @@ def test_no_file_over_five_megabytes() -> None:
     large = [name for name in listed.stdout.decode().split('\0')
              if name and (ROOT / name).is_file() and (ROOT / name).stat().st_size > 5_000_000]
     assert large == []
+
+
+def test_bundled_model_is_whole_small_and_says_nothing_of_its_maker() -> None:
+    """It loads, has at most 5 MB, and holds no paths of the machine that exported it."""
+    from anomaly_seg_ros.model_file import load_model_file
+    model = load_model_file(ROOT / 'models' / 'demo.onnx')
+    assert len(model.data) <= 5_000_000
+    assert b'site-packages' not in model.data and b'.py"' not in model.data
