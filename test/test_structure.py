@@ -16,7 +16,7 @@ PACKAGE = ROOT / 'anomaly_seg_ros'
 HEAVY = ('torch', 'onnx', 'onnxscript', 'onnxruntime', 'matplotlib', 'jinja2', 'transformers',
          'openvino', 'tensorrt', 'ray', 'rclpy', 'scipy', 'sklearn', 'h5py')
 # The only places that may import a heavy library at module level.
-MAY_IMPORT = {'rclpy': 'ros/', 'torch': 'networks/'}
+MAY_IMPORT = {'rclpy': 'ros/', 'torch': 'networks/', 'transformers': 'networks/'}
 
 
 def core_modules() -> list[str]:
