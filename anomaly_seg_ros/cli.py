@@ -364,6 +364,18 @@ def bench_command(model: Path, backends: tuple[str, ...], frames: int, warm_up: 
              'versions': versions(), 'machine': machine()}, indent=1) + '\n')
 
 
+@cli.command('fetch')
+@click.argument('name')
+@click.option('--output', 'folder', type=_FILE, default=Path(), help='Folder for the files.')
+def fetch_command(name: str, folder: Path) -> None:
+    """Download the public checkpoint NAME of models/catalogue.yaml and verify it."""
+    from anomaly_seg_ros.fetch import fetch
+    with progress_bar() as progress:
+        entry = fetch(name, folder,
+                      progress=lambda what, done, total: progress(what, done, total or done))
+    OUT.print(f'{entry.name} in {folder}', highlight=False)
+
+
 @cli.command('doctor')
 @click.option('--image', 'image_topic', default='/camera/image_raw', show_default=True,
               help='Topic of the camera.')
