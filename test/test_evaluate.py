@@ -5,6 +5,7 @@ import csv
 import errno
 import json
 from pathlib import Path
+import sys
 from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
@@ -218,10 +219,24 @@ def test_per_frame_statistics_are_those_of_the_score_map(
             assert float(row[f'score_{name}']) == pytest.approx(expected, rel=1e-6)
 
 
+def test_without_the_extra_report_the_figures_are_complete(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """No matplotlib: a warning says how to get it, everything but report.html is written."""
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    metrics = evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark),
+                       tmp_path / 'out')
+    assert metrics['pixel']['average_precision'] > 0
+    assert {path.name for path in (tmp_path / 'out').iterdir()
+            if not path.name.startswith('.')} == {'metrics.json', 'per_frame.csv'}
+    assert 'anomaly_seg_ros[report]' in caplog.text
+
+
 @pytest.mark.parametrize('name', ['smooth', 'saturated', 'few_valued'])
 def test_metrics_json_of_stored_maps_holds_the_golden_figures(name: str, real_data: Path,
                                                               tmp_path: Path) -> None:
-    """The files that ``metrics`` writes from score maps on disk hold the reference codes' figures.
+    """
+    The files that ``metrics`` writes from score maps on disk hold the reference codes' figures.
 
     ``test_metrics_golden`` compares every figure; here they go through files and metrics.json.
     """
