@@ -208,6 +208,7 @@ def main() -> None:
             'image_transport': transport, 'reduced_decode': reduced,
             'diagnostics_period_s': 0.2, 'stale_input_s': 60.0}
         with NodeRun(parameters, outputs=OUTPUTS, reliable=False) as run:
+            run.client.stop_sending()  # a second publisher would hide the numbers of the first
             for size_hw in SIZES_HW:
                 if reduced:
                     print('reduced_decode: true')

@@ -47,6 +47,9 @@ def test_rate() -> None:
     assert rate.per_second(4.0) == pytest.approx(10.0)
     assert rate.per_second(6.0) < 5.0  # nothing for two seconds
     assert rate.per_second(20.0) == 0.0
+    for k in range(5):  # three at a time
+        rate.add(30 + k * 0.3, 3)
+    assert rate.per_second(31.2) == pytest.approx(10.0)
 
 
 def test_a_healthy_node_is_ok() -> None:
@@ -135,6 +138,30 @@ def test_stale_input_is_an_error_that_says_what_to_check() -> None:
     assert 'nobody publishes it' in nobody.message
     inactive = judge(monitor, active(lifecycle='inactive'), stale_input_s=0.1)['input']
     assert inactive.level == OK
+
+
+def test_frames_that_were_replaced_unseen_are_superseded_unless_lost() -> None:
+    monitor = Monitor()
+    monitor.activated()
+    monitor.received(1, 0.0)
+    monitor.received(9, 0.0, skipped=7)
+    monitor.dropped('superseded')
+    monitor.event('transport_lost', 2)
+    values = judge(monitor)['input'].values
+    assert (values['received'], values['dropped_superseded'], values['transport_lost']) \
+        == ('9', '6', '2')
+
+
+def test_input_is_not_stale_while_the_worker_works() -> None:
+    monitor = Monitor()
+    monitor.activated()
+    monitor.begun()
+    time.sleep(0.12)
+    assert judge(monitor, stale_input_s=0.1)['input'].level == OK
+    monitor.idle()
+    assert judge(monitor, stale_input_s=0.1)['input'].level == OK
+    time.sleep(0.12)
+    assert judge(monitor, stale_input_s=0.1)['input'].level == ERROR
 
 
 def test_stalled_worker_is_an_error_while_it_lasts() -> None:

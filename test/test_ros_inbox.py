@@ -4,7 +4,8 @@
 import threading
 import time
 
-from anomaly_seg_ros.ros.inbox import Mailbox
+import _needs_ros  # noqa: F401
+from anomaly_seg_ros.ros.inbox import Gate, Mailbox
 import pytest
 
 
@@ -42,6 +43,27 @@ def test_close_ends_waiting_and_refuses_items() -> None:
     assert got == [None]
     assert box.put(7) == 7
     assert box.get() is None
+
+
+def test_waiting_is_told_once_for_each_wait() -> None:
+    waits: list[bool] = []
+    box: Mailbox[int] = Mailbox(2, on_waiting=lambda: waits.append(box.waiting))
+    gate = Gate(lambda: box.waiting)
+    assert not gate.can_execute(None)
+    got: list[int | None] = []
+    thread = threading.Thread(target=lambda: got.extend(box.get() for _ in range(3)))
+    thread.start()
+    while not gate.can_execute(None):
+        time.sleep(0.001)
+    box.put(1)
+    while len(got) < 1 or not box.waiting:
+        time.sleep(0.001)
+    box.put(2)
+    box.put(3)
+    thread.join(5)
+    assert got == [1, 2, 3]
+    assert waits in ([True, True], [True, True, True])
+    assert not gate.can_execute(None)
 
 
 def test_size_must_be_positive() -> None:

@@ -210,6 +210,10 @@ class NodeClient:
         """Publish a sensor_msgs Image or CompressedImage as it is."""
         self._publisher.publish(message)
 
+    def stop_sending(self) -> None:
+        """Leave the frames to another publisher, whose sequence numbers then say what is lost."""
+        self.node.destroy_publisher(self._publisher)
+
     def spin(self, timeout_s: float) -> None:
         """Handle one message, or wait for at most ``timeout_s``."""
         self._executor.spin_once(timeout_sec=max(0.0, timeout_s))

@@ -29,7 +29,6 @@ DROPS = {
     'bad_output': 'the network gave NaN or infinity',
     'failed': 'an error while it was worked on',
     'paused': 'no output had a subscriber',
-    'stalled': 'the worker was stalled; answered with a fallback mask',
     'deactivated': 'the node was deactivated while it waited or was worked on',
 }
 # Those that mean that something is wrong with the frame or the node.
@@ -75,25 +74,26 @@ class Rate:
     """Events per second over the last seconds."""
 
     def __init__(self, window_s: float = _RATE_WINDOW_S) -> None:
-        """Look back ``window_s`` seconds, and at 1000 events at most."""
+        """Look back ``window_s`` seconds, and at 1000 moments at most."""
         self._window_s = window_s
-        self._times_s: deque[float] = deque(maxlen=1000)
+        self._moments: deque[tuple[float, int]] = deque(maxlen=1000)  # seconds, events so far
+        self._total = 0
 
-    def add(self, now_s: float) -> None:
-        """Note an event."""
-        self._times_s.append(now_s)
+    def add(self, now_s: float, count: int = 1) -> None:
+        """Note ``count`` events since the last call."""
+        self._total += count
+        self._moments.append((now_s, self._total))
 
     def per_second(self, now_s: float) -> float:
-        """Return the rate; 0 when fewer than two events are in the window."""
-        while self._times_s and now_s - self._times_s[0] > self._window_s:
-            self._times_s.popleft()
-        if len(self._times_s) < 2:
+        """Return the rate; 0 when fewer than two moments are in the window."""
+        while self._moments and now_s - self._moments[0][0] > self._window_s:
+            self._moments.popleft()
+        if len(self._moments) < 2:
             return 0.0
+        (first_s, first), (last_s, last) = self._moments[0], self._moments[-1]
         # An interval that is still open counts once it is longer than the others.
-        intervals = len(self._times_s) - 1
-        span = self._times_s[-1] - self._times_s[0]
-        waiting = now_s - self._times_s[-1]
-        return intervals / max(span, waiting * intervals, 1e-9)
+        open_s = (now_s - last_s) * (len(self._moments) - 1)
+        return (last - first) / max(last_s - first_s, open_s, 1e-9)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Snapshot:
     new_events: Counter[str]
     input_hz: float
     output_hz: float
-    since_input_s: float | None
+    since_input_s: float
     busy_s: float
     late_s: float
     slowest_ms: float
@@ -133,7 +133,9 @@ class Monitor:
         self._reported: dict[str, Counter[str]] = {
             'drops': Counter(), 'flags': Counter(), 'events': Counter()}
         self._input, self._output = Rate(), Rate()
+        self._skipped = 0
         self._last_input_s: float | None = None
+        self._idle_since_s = 0.0
         self._last_stamp_ns: int | None = None
         self._busy_since_s: float | None = None
         self._late_since_s: float | None = None
@@ -151,13 +153,14 @@ class Monitor:
             self._last_stamp_ns = self._late_since_s = self._age_ms = None
             self._consecutive_failures = 0
 
-    def received(self, stamp_ns: int, age_ms: float) -> None:
-        """Count an arrived frame."""
+    def received(self, stamp_ns: int, age_ms: float, skipped: int = 0) -> None:
+        """Count an arrived frame, and those before it that a newer one replaced unseen."""
         with self._lock:
             now_s = time.monotonic()
-            self._received += 1
+            self._received += 1 + skipped
+            self._skipped += skipped
             self._last_input_s = now_s
-            self._input.add(now_s)
+            self._input.add(now_s, 1 + skipped)
             self._age_ms = age_ms
             if self._last_stamp_ns is not None and stamp_ns <= self._last_stamp_ns:
                 self._events['time_backwards' if stamp_ns < self._last_stamp_ns
@@ -173,6 +176,7 @@ class Monitor:
         """Note that the worker waits for a frame."""
         with self._lock:
             self._busy_since_s = None
+            self._idle_since_s = time.monotonic()
 
     def dropped(self, cause: str, error: str = '', count: int = 1) -> None:
         """Count frames without an answer; ``cause`` is one of ``DROPS``."""
@@ -223,10 +227,10 @@ class Monitor:
             return self._busy()
 
     @property
-    def since_input_s(self) -> float | None:
-        """Time since the last frame, or since activation before the first; None before that."""
+    def since_input_s(self) -> float:
+        """Time for which the worker has waited for a frame in vain; 0 while it works."""
         with self._lock:
-            return None if self._last_input_s is None else time.monotonic() - self._last_input_s
+            return self._since_input()
 
     @property
     def consecutive_failures(self) -> int:
@@ -239,7 +243,10 @@ class Monitor:
         with self._lock:
             now_s = time.monotonic()
             new = {}
-            for name, counts in (('drops', self._drops), ('flags', self._flags),
+            drops = self._drops.copy()
+            # Of the frames that never got here the transport says which it lost.
+            drops['superseded'] += max(0, self._skipped - self._events['transport_lost'])
+            for name, counts in (('drops', drops), ('flags', self._flags),
                                  ('events', self._events)):
                 new[name] = counts - self._reported[name]
                 self._reported[name] = counts.copy()
@@ -248,15 +255,20 @@ class Monitor:
                       if (times := window.percentiles()) is not None}
             return Snapshot(
                 received=self._received, answered=self._answered,
-                drops=dict(self._drops), flags=dict(self._flags), events=dict(self._events),
+                drops=dict(drops), flags=dict(self._flags), events=dict(self._events),
                 new_drops=new['drops'], new_flags=new['flags'], new_events=new['events'],
                 input_hz=self._input.per_second(now_s), output_hz=self._output.per_second(now_s),
-                since_input_s=None if self._last_input_s is None else now_s - self._last_input_s,
+                since_input_s=self._since_input(),
                 busy_s=self._busy(),
                 late_s=0.0 if self._late_since_s is None else now_s - self._late_since_s,
                 slowest_ms=slowest_ms, age_ms=self._age_ms,
                 consecutive_failures=self._consecutive_failures, last_error=self._last_error,
                 stages=stages)
+
+    def _since_input(self) -> float:
+        if self._last_input_s is None or self._busy_since_s is not None:
+            return 0.0
+        return time.monotonic() - max(self._last_input_s, self._idle_since_s)
 
     def _busy(self) -> float:
         return 0.0 if self._busy_since_s is None else time.monotonic() - self._busy_since_s
@@ -373,7 +385,7 @@ def _node(snapshot: Snapshot, state: NodeState) -> Status:
 def _input(snapshot: Snapshot, state: NodeState, limits: NodeParameters, active: bool) -> Status:
     findings = _Findings()
     if active:
-        since_s = snapshot.since_input_s or 0.0
+        since_s = snapshot.since_input_s
         if since_s > limits.stale_input_s:
             why = ('nobody publishes it; check the remapping' if not state.publishers else
                    f'{state.publishers} publishers; check their QoS and the transport with '

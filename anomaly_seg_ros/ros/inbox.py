@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where frames wait for the worker: one slot that the newest frame takes, or a bounded queue."""
+"""
+Where frames wait for the worker: one slot that the newest frame takes, or a bounded queue.
+
+With one slot, frames better wait in the middleware: taking one costs milliseconds under Python's
+lock, in vain if a newer one replaces it. ``Gate`` leaves them there until the worker waits.
+"""
 
 from collections import deque
+from collections.abc import Callable
 import threading
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from rclpy.callback_groups import CallbackGroup
 
 T = TypeVar('T')
 
@@ -15,14 +23,21 @@ class Mailbox(Generic[T]):
     With ``size`` 1 the newest item wins. Safe for use by several threads.
     """
 
-    def __init__(self, size: int = 1) -> None:
-        """Hold at most ``size`` items."""
+    def __init__(self, size: int = 1, on_waiting: Callable[[], None] | None = None) -> None:
+        """Hold at most ``size`` items; call ``on_waiting`` when somebody begins to wait."""
         if size < 1:
             raise ValueError(f'size must be at least 1, got {size}')
         self._size = size
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._waiting = False
+        self._on_waiting = on_waiting
+
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits for an item."""
+        return self._waiting
 
     def put(self, item: T) -> T | None:
         """Add an item; return the oldest one if it had to go. A closed mailbox takes nothing."""
@@ -30,12 +45,17 @@ class Mailbox(Generic[T]):
             if self._closed:
                 return item
             self._items.append(item)
+            self._waiting = False
             pushed_out = self._items.popleft() if len(self._items) > self._size else None
             self._changed.notify()
             return pushed_out
 
     def get(self) -> T | None:
         """Wait for an item and take it; None once the mailbox is closed."""
+        with self._changed:
+            self._waiting = not self._items and not self._closed
+        if self._waiting and self._on_waiting is not None:
+            self._on_waiting()
         with self._changed:
             while not self._items and not self._closed:
                 self._changed.wait()
@@ -52,5 +72,30 @@ class Mailbox(Generic[T]):
         """Throw all items away and let every ``get`` return None."""
         with self._changed:
             self._closed = True
+            self._waiting = False
             self._items.clear()
             self._changed.notify_all()
+
+
+class Gate(CallbackGroup):  # type: ignore[misc]
+    """
+    A callback group whose subscription is taken from only while ``is_open`` says so.
+
+    The executor looks when it builds its wait set: wake it when the answer becomes yes.
+    """
+
+    def __init__(self, is_open: Callable[[], bool]) -> None:
+        """Ask ``is_open`` each time."""
+        super().__init__()
+        self._is_open = is_open
+
+    def can_execute(self, entity: Any) -> bool:
+        """Tell whether the entity may be waited for and taken from now."""
+        return self._is_open()
+
+    def beginning_execution(self, entity: Any) -> bool:
+        """Allow what has been taken to run."""
+        return True
+
+    def ending_execution(self, entity: Any) -> None:
+        """Do nothing: one thread runs all callbacks."""

@@ -6,7 +6,7 @@ The executor's thread takes messages, the worker's thread answers them, the watc
 reports. A callback here converts, calls and publishes; the pipeline is in the core.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import logging
 import math
 import os
@@ -20,7 +20,7 @@ from typing import Any
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
-from anomaly_seg_ros.ros.inbox import Mailbox
+from anomaly_seg_ros.ros.inbox import Gate, Mailbox
 from anomaly_seg_ros.ros.loading import LoadedModel, open_model, read_model
 from anomaly_seg_ros.ros.model_swap import ModelSwap
 from anomaly_seg_ros.ros.outputs import Outputs
@@ -62,7 +62,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._monitor = Monitor()
         self._worker: Worker | None = None
         self._outputs: Outputs | None = None
-        self._subscriptions_active: list[Any] = []
+        self._inputs: list[Any] = []
         self._lifecycle = 'unconfigured'
         self._transition_error = ''
         # Held while publishers are looked at by the watchdog or destroyed by a transition.
@@ -74,6 +74,9 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
         self._swap_done = self.create_guard_condition(self._finish_swap)
+        # Wakes the executor, which then looks at the gate again.
+        self._worker_waits = self.create_guard_condition(lambda: None)
+        self._sequence_number = 0
         self._watchdog = self._new_watchdog()
         self._autostart = None
         if self._settings.autostart:
@@ -171,8 +174,9 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
                                f'{time.monotonic() - began_s:.1f} s')
         try:
             self._outputs = Outputs(self, parameters)
-            size = 1 if parameters.frame_policy == 'latest' else parameters.queue_size
-            self._mailbox: Mailbox[Arrival] = Mailbox(size)
+            self._mailbox: Mailbox[Arrival] = Mailbox(
+                1 if parameters.frame_policy == 'latest' else parameters.queue_size,
+                on_waiting=self._worker_waits.trigger)
             self._worker = Worker(
                 model, self._mailbox, self._outputs, self._monitor, parameters,
                 now_ns=lambda: self.get_clock().now().nanoseconds,
@@ -188,12 +192,15 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._publish_label_info(self._worker.model)
         self._monitor.activated()
         self._worker.activate()
-        qos = QoSProfile(depth=parameters.qos_depth,
+        latest = parameters.frame_policy == 'latest'
+        qos = QoSProfile(depth=1 if latest else parameters.qos_depth,
                          reliability=ReliabilityPolicy[parameters.input_reliability.upper()])
         kind = Image if parameters.image_transport == 'raw' else CompressedImage
-        self._subscriptions_active = [
+        self._sequence_number = 0
+        self._inputs = [
             self.create_subscription(
                 kind, INPUT_TOPIC, self._on_image, qos,
+                callback_group=Gate(lambda: self._mailbox.waiting) if latest else None,
                 event_callbacks=SubscriptionEventCallbacks(
                     message_lost=lambda event: self._monitor.event(
                         'transport_lost', event.total_count_change),
@@ -203,9 +210,9 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
                 qos_profile_sensor_data)]
 
     def _deactivate(self) -> None:
-        for subscription in self._subscriptions_active:
+        for subscription in self._inputs:
             self.destroy_subscription(subscription)
-        self._subscriptions_active = []
+        self._inputs = []
         if self._worker is not None:
             self._worker.deactivate()
 
@@ -223,23 +230,30 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
 
     # Input
 
-    def _on_image(self, message: Any) -> None:
+    def _on_image(self, message: Any, info: Mapping[str, Any]) -> None:
         arrived_s = time.perf_counter()
         worker = self._worker
         if worker is None:
             return
         stamp_ns = stamp_to_ns(message.header)
         self._frame_id = message.header.frame_id
-        self._monitor.received(stamp_ns, (self.get_clock().now().nanoseconds - stamp_ns) / 1e6)
-        if self._settings.fallback_mask \
-                and self._monitor.busy_s > self._settings.stalled_worker_s:
-            self._monitor.dropped('stalled')
-            worker.publish_fallback(message.header)
-            return
+        self._monitor.received(stamp_ns, (self.get_clock().now().nanoseconds - stamp_ns) / 1e6,
+                               self._skipped(info['publication_sequence_number']))
         arrival = Arrival(message, stamp_ns, arrived_s, worker.activation)
         if self._mailbox.put(arrival) is not None:
             self._monitor.dropped('superseded' if self._settings.frame_policy == 'latest'
                                   else 'queue_full')
+
+    def _skipped(self, sequence_number: int | None) -> int:
+        """Return how many frames the publisher sent since the last one that was taken."""
+        if sequence_number is None:  # not every middleware numbers them
+            return 0
+        before, self._sequence_number = self._sequence_number, sequence_number
+        # The first one, a restarted publisher, or several of them: nothing to compare with.
+        if before == 0 or sequence_number <= before \
+                or self.count_publishers(self._input_topic()) > 1:
+            return 0
+        return sequence_number - before - 1
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         if self._outputs is not None:
@@ -312,9 +326,10 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
     def _report(self) -> None:
         parameters, monitor = self._settings, self._monitor
         state = self._state()
-        since_s = monitor.since_input_s
-        if parameters.fallback_mask and state.lifecycle == 'active' and since_s is not None \
-                and since_s > parameters.stale_input_s and self._worker is not None:
+        if parameters.fallback_mask and state.lifecycle == 'active' \
+                and self._worker is not None \
+                and (monitor.since_input_s > parameters.stale_input_s
+                     or monitor.busy_s > parameters.stalled_worker_s):
             self._worker.publish_fallback(Header(stamp=self.get_clock().now().to_msg(),
                                                  frame_id=self._frame_id))
         statuses = assess(monitor.snapshot(), state, parameters)

@@ -79,7 +79,8 @@ class NodeParameters:
         'reliable', 'QoS of the outputs. reliable serves every subscriber.',
         UNCONFIGURED, choices=('best_effort', 'reliable'))
     qos_depth: int = _parameter(
-        5, 'QoS history depth of inputs and outputs, in messages.', UNCONFIGURED,
+        5, 'QoS history depth of the outputs, and under frame_policy every of the input, in '
+        'messages.', UNCONFIGURED,
         between=(1, 1000))
     frame_policy: str = _parameter(
         'latest', 'latest: the newest frame replaces one that waits. every: frames wait in a '
