@@ -452,14 +452,3 @@ def test_model_id_in_the_cache(folders, tmp_path, monkeypatch):
         network = load_network('segformer', weights)
         assert network.weights_source == f'somebody/segformer@{commit}'
         assert network.licence == 'see https://huggingface.co/somebody/segformer'
-
-
-def test_segmentation_models_need_torchvision(tmp_path):
-    try:
-        import segmentation_models_pytorch  # noqa: F401
-    except Exception:
-        with pytest.raises(UserError, match=r"'smp' needs segmentation-models-pytorch and a torch"
-                                            r'vision that fits'):
-            load_network('smp', tmp_path)
-    else:
-        pytest.skip('segmentation-models-pytorch is installed: nothing is missing')

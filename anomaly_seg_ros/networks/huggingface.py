@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 import hashlib
-import json
 import math
 from pathlib import Path
 import re
@@ -24,12 +23,12 @@ from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.networks import LoadedNetwork
 from anomaly_seg_ros.networks.checkpoint import check_finite, check_fit, read_state_dict
 from anomaly_seg_ros.networks.class_sets import class_palette, drivable_classes
+from anomaly_seg_ros.networks.preprocessing import (
+    normalisation, read_json, read_processor, Triple)
 from anomaly_seg_ros.networks.variants import VARIANTS
 import torch
 from torch import nn, Tensor
 import transformers
-
-Triple = tuple[float, float, float]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -300,7 +299,7 @@ def _download(weights: str) -> Path:
 
 
 def _read_folder(family_name: str, folder: Path, source: str, licence: str) -> _Checkpoint:
-    settings = _read_json(folder / 'config.json', "the network's configuration")
+    settings = read_json(folder / 'config.json', "the network's configuration")
     given = settings.get('model_type')
     if given != _model_type(family_name):
         known = {_model_type(key): key for key in FAMILIES}
@@ -313,8 +312,8 @@ def _read_folder(family_name: str, folder: Path, source: str, licence: str) -> _
     except Exception as error:  # whatever the library's checks raise
         raise UserError(f'{folder / "config.json"}: not a valid configuration '
                         f'({type(error).__name__}: {error}).') from error
-    processor = _read_processor(folder)
-    mean, std = _normalisation(processor, folder)
+    processor = read_processor(folder)
+    mean_std = normalisation(processor, folder)
     state: dict[str, Tensor] = {}
     files = _weights_files(folder)
     for file in files:
@@ -322,41 +321,9 @@ def _read_folder(family_name: str, folder: Path, source: str, licence: str) -> _
     digests = [sha256_file(file) for file in files]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256(
         ''.join(digests).encode()).hexdigest()
-    return _Checkpoint(config, state, (mean, std),
+    return _Checkpoint(config, state, mean_std,
                        'bgr' if processor.get('do_flip_channel_order') else 'rgb',
                        source, digest, licence)
-
-
-def _read_processor(folder: Path) -> dict[str, Any]:
-    if (folder / 'preprocessor_config.json').is_file():
-        return _read_json(folder / 'preprocessor_config.json', 'preprocessing')
-    if (folder / 'processor_config.json').is_file():
-        settings = _read_json(folder / 'processor_config.json', 'preprocessing')
-        return dict(settings.get('image_processor', settings))
-    raise UserError(f'{folder}: no preprocessor_config.json, so how to normalise images is not '
-                    'known. Save the image processor too: '
-                    f'AutoImageProcessor.from_pretrained(...).save_pretrained({str(folder)!r}).')
-
-
-def _normalisation(processor: Mapping[str, Any],
-                   folder: Path) -> tuple[Triple, Triple]:
-    """Return mean and std for values in [0, 1], whatever the processor rescales by."""
-    mean, std = processor.get('image_mean'), processor.get('image_std')
-    if not processor.get('do_normalize', True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
-        raise UserError(f'{folder}: expected 3 values of image_mean and image_std in the '
-                        f'preprocessing, got {mean} and {std}.')
-    factor = processor.get('rescale_factor', 1 / 255) if processor.get('do_rescale', True) else 1
-    scale = 255 * float(factor)
-    if abs(scale - 1) < 1e-6:
-        scale = 1.0
-    return _triple(mean, scale), _triple(std, scale)
-
-
-def _triple(values: Sequence[float], scale: float) -> Triple:
-    red, green, blue = (float(v) / scale for v in values)
-    return red, green, blue
 
 
 def _weights_files(folder: Path) -> list[Path]:
@@ -365,24 +332,10 @@ def _weights_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f'{name}.index.json'
         if index.is_file():
-            names = _read_json(index, 'the list of weights files').get('weight_map', {}).values()
+            names = read_json(index, 'the list of weights files').get('weight_map', {}).values()
             return [folder / Path(shard).name for shard in sorted(set(names))]
     raise UserError(f'{folder}: neither model.safetensors nor pytorch_model.bin. Give a folder '
                     'written by save_pretrained.')
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError as error:
-        raise UserError(f'{path}: missing; it holds {what}. Give a folder written by '
-                        'save_pretrained.') from error
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: not readable as JSON ({error}). Save the checkpoint '
-                        'again.') from error
-    if not isinstance(content, dict):
-        raise UserError(f'{path}: expected a JSON object, got {type(content).__name__}.')
-    return content
 
 
 def _read_state_dict(family_name: str, family: Family, variant: Mapping[str, Any] | None,

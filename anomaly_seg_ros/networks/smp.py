@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepLabv3+, UPerNet, PSPNet and others of the segmentation-models-pytorch library."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.errors import UserError
@@ -11,6 +9,7 @@ from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.networks import LoadedNetwork
 from anomaly_seg_ros.networks.checkpoint import fit_state_dict, read_state_dict
 from anomaly_seg_ros.networks.class_sets import class_palette, drivable_classes
+from anomaly_seg_ros.networks.preprocessing import normalisation, read_json, read_processor
 import segmentation_models_pytorch
 from torch import nn
 
@@ -19,9 +18,10 @@ def load_segmentation_models(name: str, weights: Path | str) -> LoadedNetwork:
     """
     Load a folder written by the library's ``save_pretrained``.
 
-    ``config.json`` there names the architecture and its encoder; the encoder's name tells the
-    normalisation. Classes are those of an entry ``classes_names`` (a list of names) if there is
-    one, else the 19 of Cityscapes.
+    ``config.json`` there names the architecture and its encoder. It does not tell how images were
+    normalised in training: that is read from a ``preprocessor_config.json`` beside it, with
+    ``image_mean`` and ``image_std`` for values in [0, 1], and ``id2label`` where the classes are
+    not the 19 of Cityscapes.
 
     Raises
     ------
@@ -30,31 +30,30 @@ def load_segmentation_models(name: str, weights: Path | str) -> LoadedNetwork:
 
     """
     folder = Path(weights)
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        architecture = config.pop('_model_class')
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'{folder}: not a folder of segmentation-models-pytorch ({error!r}). Give '
-                        'one written by model.save_pretrained(FOLDER).') from error
-    kind = getattr(segmentation_models_pytorch, str(architecture), None)
+    config = read_json(folder / 'config.json', 'the architecture')
+    architecture = str(config.pop('_model_class', None))
+    kind = getattr(segmentation_models_pytorch, architecture, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise UserError(f'{folder / "config.json"}: unknown architecture {architecture!r}')
-    classes = tuple(config.pop('classes_names', CITYSCAPES_CLASSES))
+        raise UserError(f'{folder / "config.json"}: {architecture!r} is no architecture of '
+                        'segmentation-models-pytorch. Give a folder written by '
+                        'model.save_pretrained(FOLDER).')
+    if config.get('activation') is not None or config.get('aux_params') is not None:
+        raise UserError(f'{folder / "config.json"}: activation and aux_params must be null; the '
+                        'scores need the logits alone')
+    processor = read_processor(folder)
+    mean, std = normalisation(processor, folder)
+    names = processor.get('id2label') or dict(enumerate(CITYSCAPES_CLASSES))
+    classes = tuple(str(name) for _, name in sorted(
+        names.items(), key=lambda item: int(item[0])))
     if config.get('classes') != len(classes):
         raise UserError(f'{folder / "config.json"}: {config.get("classes")} classes, but '
-                        f'{len(classes)} names. Add "classes_names", a list with one name a '
-                        'class.')
-    encoder = config.get('encoder_name', 'resnet34')
-    preprocessing: dict[str, Any] = segmentation_models_pytorch.encoders.get_preprocessing_params(
-        encoder, config.get('encoder_weights') or 'imagenet')
+                        f'{len(classes)} names. Add "id2label" with a name for each class to '
+                        'preprocessor_config.json.')
     # The checkpoint holds the encoder's weights; nothing is downloaded.
     network = kind(**{**config, 'encoder_weights': None}).eval()
     file = folder / 'model.safetensors'
     fit_state_dict(network, read_state_dict(file), file)
-    scale = 255.0 if preprocessing['input_range'] == [0, 255] else 1.0
     return LoadedNetwork(
         name, network, folder.name, sha256_file(file), 'as the weights given', classes=classes,
-        palette=class_palette(classes), drivable=drivable_classes(classes),
-        mean=tuple(v / scale for v in preprocessing['mean']),
-        std=tuple(v / scale for v in preprocessing['std']),
-        channel_order=preprocessing['input_space'].lower(), size_divisor=32, upsample=True)
+        palette=class_palette(classes), drivable=drivable_classes(classes), mean=mean, std=std,
+        size_divisor=32, upsample=True)
