@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands about model files: export, engines, calibration, timing, download, inspection."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from anomaly_seg_ros.commands.options import (
+    backend_options, CONSOLE, dataset_source, FILE, FiniteFloat, OUT, progress_bar, require,
+    SizeType, ThreeFloats)
+from anomaly_seg_ros.errors import UserError
+import click
+from rich.table import Table
+
+
+@click.command('export')
+@click.argument('network')
+@click.option('--weights', type=FILE, required=True, multiple=True,
+              help='State dict, folder or model id of the network, or an .onnx for NETWORK onnx; '
+                   'several make an ensemble.')
+@click.option('--score', default='max_logit', show_default=True,
+              help='Anomaly score fused in: msp, max_logit, entropy, energy, rba, ...')
+@click.option('--input-size', 'input_size_hw', type=SizeType(),
+              help='Height x width in pixels at which the network runs. Default: 512x1024, or '
+                   'what the .onnx is made for.')
+@click.option('--precision', type=click.Choice(['fp32', 'fp16', 'int8']), default='fp32',
+              show_default=True, help='Arithmetic inside the network.')
+@click.option('--input-variant', type=click.Choice(['host', 'device']), default='host',
+              show_default=True,
+              help='host: normalised outside, for CPUs. device: camera frame in, for GPUs.')
+@click.option('--frame-size', 'frame_size_hw', type=SizeType(),
+              help='Height x width of the camera frames, for --input-variant device.')
+@click.option('--temperature', type=click.FloatRange(0, min_open=True), default=1.0,
+              show_default=True, help='Divides the logits before the score.')
+@click.option('--threshold', type=FiniteFloat(),
+              help='Decision threshold for the card. Default: provisional, from the frames.')
+@click.option('--frames', type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help='Folder of images to check the export on, and to calibrate int8 on. Default: '
+                   'synthetic frames.')
+@click.option('--gate-dataset', help='int8: data set whose metrics may not fall too far.')
+@click.option('--gate-root', type=FILE, help='int8: its folder.')
+@click.option('--maximum-drop', type=click.FloatRange(0, 1), default=0.02, show_default=True,
+              help='int8: by how much AP and mIoU may fall, as a fraction.')
+@click.option('--logits', help='NETWORK onnx: name of the tensor with the logits.')
+@click.option('--mean', type=ThreeFloats(), default='0,0,0', show_default=True,
+              help='NETWORK onnx: mean of each channel, of values in [0, 1].')
+@click.option('--std', type=ThreeFloats(), default='1,1,1', show_default=True,
+              help='NETWORK onnx: standard deviation of each channel.')
+@click.option('--channel-order', type=click.Choice(['rgb', 'bgr']), default='rgb',
+              show_default=True, help='NETWORK onnx: order of the channels.')
+@click.option('--classes', default='cityscapes', show_default=True,
+              help='NETWORK onnx: cityscapes, or a text file with one class name a line.')
+@click.option('--void-index', type=click.IntRange(0),
+              help='NETWORK onnx: channel that means void.')
+@click.option('--upsample', is_flag=True,
+              help='NETWORK onnx: interpolate the logits to the size of the input first.')
+@click.option('--name', help='Name for the card. Default: NETWORK_SCORE.')
+@click.option('--output', type=FILE, required=True, help='The .onnx file to write.')
+def export_command(network: str, weights: tuple[Path, ...], output: Path,
+                   frames: Path | None, input_size_hw: tuple[int, int] | None,
+                   gate_dataset: str | None, gate_root: Path | None,
+                   **options: Any) -> None:
+    """
+    Export NETWORK with its score to one model file, kept only if it agrees with PyTorch.
+
+    NETWORK is erfnet, segformer, mask2former, eomt, ...; "onnx" takes any ONNX graph that gives
+    logits.
+    """
+    require('export', 'torch', 'onnx', 'onnxscript')
+    from anomaly_seg_ros.datasets.media import ImageFolder
+
+    images = None if frames is None else (frame.image_rgb for frame in ImageFolder(frames))
+    one = weights[0] if len(weights) == 1 else weights
+    of_onnx = {name: options.pop(name) for name in (
+        'logits', 'mean', 'std', 'channel_order', 'classes', 'void_index', 'upsample')}
+    with CONSOLE.status('exporting and comparing with the reference'):
+        if network == 'onnx':
+            card = _export_onnx(one, input_size_hw, options, of_onnx, output, images)
+        else:
+            from anomaly_seg_ros.export import export_model, ExportRequest
+            gate = None if gate_dataset is None or gate_root is None else dataset_source(
+                gate_dataset, gate_root, None, ())
+            card = export_model(
+                ExportRequest(network=network, weights=one,
+                              input_size_hw=input_size_hw or (512, 1024), **options),
+                output, frames=images, gate=gate)
+    parity = card.parity
+    OUT.print(f'{output}: {card.network}, {card.score}, {card.precision}, input '
+              f'{card.input_size_hw[0]}x{card.input_size_hw[1]}', highlight=False)
+    OUT.print(f'against {parity["reference"]} on {parity["frames"]} frames: score error at most '
+              f'{parity["max_score_error"]:.1e}, labels differ on {parity["label_mismatch"]:.1e} '
+              'of the pixels', highlight=False)
+    OUT.print(f'threshold {card.threshold:.6g} ({card.threshold_source})', highlight=False)
+
+
+def _export_onnx(weights: Any, input_size_hw: tuple[int, int] | None, options: dict[str, Any],
+                 of_onnx: dict[str, Any], output: Path, images: Any) -> Any:
+    from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
+    from anomaly_seg_ros.export_onnx import export_onnx, OnnxExportRequest
+    if not isinstance(weights, Path):
+        raise click.UsageError('NETWORK onnx takes one --weights file')
+    if options['precision'] != 'fp32' or options['input_variant'] != 'host':
+        raise UserError('an .onnx keeps the precision that it has; leave --precision and '
+                        '--input-variant out')
+    classes = CITYSCAPES_CLASSES
+    if of_onnx['classes'] != 'cityscapes':
+        try:
+            text = Path(of_onnx['classes']).read_text(encoding='utf-8')
+        except OSError as error:
+            raise UserError(f'{of_onnx["classes"]}: neither "cityscapes" nor a readable file with '
+                            f'one class name a line ({error.strerror})') from error
+        classes = tuple(line.strip() for line in text.splitlines() if line.strip())
+    return export_onnx(OnnxExportRequest(
+        weights=weights, input_size_hw=input_size_hw, score=options['score'],
+        temperature=options['temperature'], threshold=options['threshold'],
+        name=options['name'], **{**of_onnx, 'classes': classes}), output, frames=images)
+
+
+@click.command('build-engine')
+@click.argument('model', type=FILE)
+@click.option('--output', type=FILE, help='The .engine to write. Default: beside the model.')
+@click.option('--workspace', 'workspace_mib', type=click.IntRange(1), metavar='MIB',
+              help='GPU memory a layer may use, in MiB.')
+@click.option('--timing-cache', type=FILE, help='File of kernel timings to read and extend.')
+@click.option('--hardware-compatibility', default='none', show_default=True,
+              type=click.Choice(['none', 'ampere+', 'same-compute-capability']),
+              help='GPUs that the engine runs on.')
+@click.option('--optimization-level', type=click.IntRange(0, 5),
+              help='How long TensorRT searches.')
+def build_engine_command(model: Path, output: Path | None, workspace_mib: int | None,
+                         timing_cache: Path | None, hardware_compatibility: str,
+                         optimization_level: int | None) -> None:
+    """Build the TensorRT engine of MODEL on this machine's GPU."""
+    from anomaly_seg_ros.engine import build_engine, engine_path, EngineSettings
+    from anomaly_seg_ros.model_file import load_model_file
+    model_file = load_model_file(model)
+    with progress_bar() as progress:
+        engine = build_engine(
+            model_file, output or engine_path(model_file),
+            EngineSettings(workspace_mib=workspace_mib, timing_cache=timing_cache,
+                           hardware_compatibility=hardware_compatibility,
+                           optimization_level=optimization_level), progress=progress)
+    OUT.print(f'{engine.path}', highlight=False)
+
+
+@click.command('calibrate')
+@click.argument('model', type=FILE)
+@click.option('--dataset', required=True, help='Name of the data set.')
+@click.option('--root', type=FILE, required=True, help='Its folder.')
+@click.option('--split', help='Split of the data set. Default: the first that is there.')
+@click.option('--option', 'options', multiple=True, metavar='KEY=VALUE',
+              help='Further options of the data set.')
+@click.option('--temperature', metavar='fit|keep|NUMBER',
+              help='Default: fit where there are labels and the score depends on it, else keep.')
+@click.option('--criterion', type=click.Choice(['fpr', 'tpr', 'best-f1']), default='fpr',
+              show_default=True, help='What the threshold is chosen by.')
+@click.option('--rate', type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.01,
+              show_default=True, help='Fraction of pixels, for fpr and tpr.')
+@click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
+@click.option('--output', type=FILE, required=True, help='The model file to write.')
+@backend_options
+def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
+                      options: tuple[str, ...], temperature: str | None, criterion: str,
+                      rate: float, limit: int | None, output: Path, backend: str,
+                      threads: int) -> None:
+    """Write MODEL with temperature and threshold set on a data set."""
+    from anomaly_seg_ros.calibration import calibrate, CalibrationRequest
+    if temperature is not None and temperature not in ('fit', 'keep'):
+        try:
+            value: str | float | None = float(temperature)
+        except ValueError as error:
+            raise click.UsageError('--temperature takes fit, keep or a number') from error
+    else:
+        value = temperature
+    try:
+        request = CalibrationRequest(value, criterion, rate)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if value != 'keep':
+        require('export', 'onnx')
+    source = dataset_source(dataset, root, split, options)
+    with progress_bar() as progress:
+        card = calibrate(model, source, output, request, backend=backend, threads=threads,
+                         limit=limit, progress=progress)
+    OUT.print(f'{output}: temperature {card.temperature:.4g}, threshold {card.threshold:.6g}\n'
+              f'{card.threshold_source}', highlight=False)
+
+
+@click.command('bench')
+@click.argument('model', type=FILE)
+@click.option('--backend', 'backends', multiple=True,
+              help='Measure this one; may be given several times. Default: all there are.')
+@click.option('--frames', type=click.IntRange(1), default=100, show_default=True,
+              help='Frames measured a backend.')
+@click.option('--warm-up', type=click.IntRange(0), default=5, show_default=True,
+              help='Frames before that are not counted.')
+@click.option('--frame-size', 'frame_size_hw', type=SizeType(), default='1024x2048',
+              show_default=True, help='Height x width of the camera frames.')
+@click.option('--threads', type=click.IntRange(0), default=0, show_default=True,
+              help='Threads of the network; 0 takes every core allowed.')
+@click.option('--json', 'json_path', type=FILE, help='Write everything measured here, too.')
+def bench_command(model: Path, backends: tuple[str, ...], frames: int, warm_up: int,
+                  frame_size_hw: tuple[int, int], threads: int, json_path: Path | None) -> None:
+    """Measure MODEL stage by stage on this machine; milliseconds, stages as p50."""
+    from dataclasses import asdict
+
+    from anomaly_seg_ros import bench
+    from anomaly_seg_ros.evaluate import machine, versions
+    from anomaly_seg_ros.files import atomic_write_text
+    with progress_bar() as progress:
+        results = bench.bench(model, names=backends or None, frames=frames, warm_up=warm_up,
+                              frame_size_hw=frame_size_hw, threads=threads, progress=progress)
+    header, *rows = bench.table(results)
+    table = Table(*header, title=f'{model}, frames of {frame_size_hw[1]}x{frame_size_hw[0]}')
+    for row in rows:
+        table.add_row(*row)
+    OUT.print(table)
+    if json_path is not None:
+        atomic_write_text(json_path, json.dumps(
+            {'model': str(model), 'results': [asdict(result) for result in results],
+             'versions': versions(), 'machine': machine()}, indent=1) + '\n')
+
+
+@click.command('fetch')
+@click.argument('name')
+@click.option('--output', 'folder', type=FILE, default=Path(), help='Folder for the files.')
+def fetch_command(name: str, folder: Path) -> None:
+    """Download the public checkpoint NAME of models/catalogue.yaml and verify it."""
+    from anomaly_seg_ros.fetch import fetch
+    with progress_bar() as progress:
+        entry = fetch(name, folder,
+                      progress=lambda what, done, total: progress(what, done, total or done))
+    OUT.print(f'{entry.name} in {folder}', highlight=False)
+
+
+@click.command()
+@click.argument('model', type=FILE)
+@click.option('--json', 'as_json', is_flag=True, help='Print the card as JSON.')
+def inspect(model: Path, as_json: bool) -> None:
+    """Show the card of MODEL and its graph's inputs and outputs."""
+    from anomaly_seg_ros.backends import open_backend
+    from anomaly_seg_ros.model_file import load_model_file
+    model_file = load_model_file(model)
+    if as_json:
+        click.echo(json.dumps(json.loads(model_file.card.to_json()), indent=1))
+        return
+    table = Table(title=str(model), show_header=False)
+    for key, value in json.loads(model_file.card.to_json()).items():
+        if key == 'palette':
+            continue
+        table.add_row(key, ', '.join(map(str, value)) if isinstance(value, list) else str(value))
+    table.add_row('sha256', model_file.sha256)
+    with open_backend(model_file, 'cpu') as backend:
+        table.add_row('runs on', ', '.join(f'{k} {v}' for k, v in backend.describe().items()))
+    OUT.print(table)

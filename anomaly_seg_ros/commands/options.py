@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: types of options, options in common, printing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+import inspect as signatures
+import math
+from pathlib import Path
+from typing import Any
+
+from anomaly_seg_ros.errors import UserError
+import click
+from rich.console import Console
+from rich.table import Table
+
+CONSOLE = Console(stderr=True)  # progress and errors
+OUT = Console()  # results
+
+FILE = click.Path(path_type=Path)
+Command = Callable[..., Any]
+
+
+class SizeType(click.ParamType):
+    """An image size such as 512x1024: height x width in pixels."""
+
+    name = 'HxW'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return (height, width)."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            height, width = (int(part) for part in str(value).lower().split('x'))
+        except ValueError:
+            self.fail(f'{value!r} is not a size such as 512x1024 (height x width)', param, ctx)
+        if height < 1 or width < 1:
+            self.fail(f'{value!r} is not a size: both must be positive', param, ctx)
+        return height, width
+
+
+class ThreeFloats(click.ParamType):
+    """Three numbers such as 0.485,0.456,0.406: one a channel."""
+
+    name = 'A,B,C'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a tuple of three floats."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            first, second, third = (float(part) for part in str(value).split(','))
+        except ValueError:
+            self.fail(f'{value!r} is not three numbers such as 0.485,0.456,0.406', param, ctx)
+        return first, second, third
+
+
+class FiniteFloat(click.ParamType):
+    """A number; not NaN, not infinite."""
+
+    name = 'NUMBER'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a float."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self.fail(f'{value!r} is not a finite number', param, ctx)
+        return number
+
+
+class DatasetName(click.ParamType):
+    """A key of ``DATASETS``, imported only when one is given."""
+
+    name = 'NAME'
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name; wrong usage lists the choices."""
+        from anomaly_seg_ros.datasets import DATASETS
+        if value not in DATASETS:
+            self.fail(f'no data set {value!r}; choose one of {", ".join(DATASETS)}', param, ctx)
+        return value
+
+
+def obstacle_options(function: Command) -> Command:
+    """Add the options that turn scores into obstacles."""
+    for option in (
+            click.option('--region', type=click.Choice(['everywhere', 'drivable']),
+                         default='everywhere', show_default=True,
+                         help='Keep obstacles everywhere, or only those that touch the hull of '
+                              'the drivable classes.'),
+            click.option('--minimum-area', 'minimum_area_px', type=click.IntRange(1), default=50,
+                         show_default=True, metavar='PIXELS',
+                         help='Drop components of fewer camera pixels.'),
+            click.option('--threshold', type=FiniteFloat(),
+                         help='Anomalous when score >= this. Default: that of the card.')):
+        function = option(function)
+    return function
+
+
+def backend_options(function: Command) -> Command:
+    """Add the options that choose a device."""
+    for option in (
+            click.option('--threads', type=click.IntRange(0), default=0, show_default=True,
+                         help='Threads of the network; 0 takes every core allowed.'),
+            click.option('--backend', default='cpu', show_default=True,
+                         help='cpu, cuda, tensorrt, openvino, ... or auto.')):
+        function = option(function)
+    return function
+
+
+def metrics_options(function: Command) -> Command:
+    """Add the options that say where the metrics are computed."""
+    for option in (
+            click.option('--ray', metavar='ADDRESS',
+                         help='Compute the metrics on this Ray cluster instead: auto, local, '
+                              'ray://HOST:10001. Its machines must see the same folders.'),
+            click.option('--workers', type=click.IntRange(1), default=1, show_default=True,
+                         help='Processes that compute the metrics.')):
+        function = option(function)
+    return function
+
+
+def bundled_model() -> Path:
+    """Return the path of the bundled model."""
+    from anomaly_seg_ros.resources import resource
+    return resource('models/demo.onnx')
+
+
+def dataset_source(name: str, root: Path, split: str | None, options: tuple[str, ...],
+                   keep_going: bool = False) -> Any:
+    """Open a data set with the options of the command line."""
+    from anomaly_seg_ros.datasets import DATASETS, open_dataset
+    given: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition('=')
+        if not equals:
+            raise click.UsageError(f'--option takes KEY=VALUE, got {option!r}')
+        given[key] = value
+    if split is not None:
+        given['split'] = split
+    if keep_going:
+        given['keep_going'] = True
+    known = signatures.signature(DATASETS[name]).parameters.keys() - {'root', 'keep_going'}
+    wrong = sorted(given.keys() - known - {'keep_going'})
+    if wrong:
+        raise click.UsageError(f'{name} has no option {", ".join(wrong)}; it has '
+                               f'{", ".join(sorted(known))}')
+    return open_dataset(name, root, **given)
+
+
+def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int,
+                      region: str) -> Any:
+    """Return the settings, with the card's threshold where none is given."""
+    from anomaly_seg_ros.model_file import load_model_file
+    from anomaly_seg_ros.obstacles import ObstacleSettings
+    if threshold is None:
+        threshold = load_model_file(model).card.threshold
+    return ObstacleSettings(threshold, minimum_area_px, region)
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Print the headline figures as a table, and before it what was left out."""
+    from anomaly_seg_ros.report import summary_table
+    problems = metrics['run'].get('problems') or ()
+    if problems:
+        CONSOLE.print(f'{len(problems)} problems; these frames were left out:', style='yellow')
+        for problem in problems:
+            CONSOLE.print(f'  {problem}', highlight=False, markup=False, soft_wrap=True)
+    table = Table(show_header=False)
+    for name, value in summary_table(metrics):
+        table.add_row(name, value)
+    OUT.print(table)
+
+
+def print_path(path: Path) -> None:
+    """Print where the results are, on one line."""
+    OUT.print(f'\n{path}', highlight=False, markup=False, soft_wrap=True)
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise UserError unless the modules of an extra are installed."""
+    import importlib.util
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'this command needs {", ".join(missing)}: '
+                        f'pip install "anomaly_seg_ros[{extra}]"')
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (what, done, total) that draws one bar for each ``what``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn
+    with Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+                  TimeRemainingColumn(), console=CONSOLE) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
