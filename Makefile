@@ -15,6 +15,9 @@ VENV_FLAGS :=
 ROS_EXTRA := ros,
 endif
 
+# setuptools warns of every editable installation; here it is wanted.
+export PYTHONWARNINGS := ignore:Editable installation
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow lint soak benchmarks colcon clean
 
