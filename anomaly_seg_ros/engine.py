@@ -21,7 +21,7 @@ from typing import Any
 from anomaly_seg_ros.cuda import describe_gpu, Gpu, missing_cuda
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
-from anomaly_seg_ros.model_file import ModelCard, ModelFile
+from anomaly_seg_ros.model_card import ModelCard, ModelFile
 from anomaly_seg_ros.ports import input_port, output_ports
 
 COMPATIBILITY = ('none', 'ampere+', 'same-compute-capability')

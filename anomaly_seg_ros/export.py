@@ -13,14 +13,15 @@ from typing import Any, TYPE_CHECKING
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
-from anomaly_seg_ros.fused import fuse, score_parameters
-from anomaly_seg_ros.graph_variants import check_half, half_body, on_device
+from anomaly_seg_ros.fused import score_parameters
+from anomaly_seg_ros.graph_variants import check_half
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
 from anomaly_seg_ros.parity import compare, Difference, LIMITS
 from anomaly_seg_ros.pipeline import resize_output
 from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
+from anomaly_seg_ros.reference import build_module, run_torch
 from anomaly_seg_ros.scores import score_function
 import cv2
 import numpy as np
@@ -148,30 +149,6 @@ def export_model(request: ExportRequest, output: Path | str,
     atomic_write_bytes(output, seal_model(graph, card))
     logging.getLogger(__name__).info('exported in %.1f s', time.perf_counter() - started)
     return card
-
-
-def build_module(network: LoadedNetwork, card: ModelCard) -> 'nn.Module':
-    """Return the PyTorch module that a card describes: precision, score, input variant."""
-    import torch
-
-    if card.precision == 'fp16':
-        network = network.transformed(half_body)
-    parameters = {name: int(value) for name, value in card.score_parameters.items()}
-    fused = fuse(network, card.score, card.temperature, **parameters)
-    if card.input_variant == 'host':
-        return fused
-    with torch.inference_mode():
-        labels, _ = fused(torch.zeros(1, 3, *card.input_size_hw))
-    return on_device(fused, card, tuple(labels.shape[1:]))
-
-
-def run_torch(module: 'nn.Module', inputs: Iterable[np.ndarray]) -> list[NetworkOutput]:
-    """Run a fused module on one input after the other."""
-    import torch
-
-    with torch.inference_mode():
-        outputs = [module(torch.from_numpy(x)) for x in inputs]
-    return [NetworkOutput(labels[0].numpy(), anomaly[0].numpy()) for labels, anomaly in outputs]
 
 
 def to_onnx(module: 'nn.Module', example: 'Tensor') -> bytes:

@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any, TYPE_CHECKING
 
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.model_file import ModelCard
+from anomaly_seg_ros.model_card import ModelCard
 import cv2
 import numpy as np
 

@@ -12,7 +12,7 @@ on the image to the pixel.
 from dataclasses import dataclass, replace
 import time
 
-from anomaly_seg_ros.backends import Backend
+from anomaly_seg_ros.backends.base import Backend
 from anomaly_seg_ros.obstacles import find_obstacles, Obstacle, ObstacleSettings
 from anomaly_seg_ros.preprocess import check_image, Preprocessor
 import cv2

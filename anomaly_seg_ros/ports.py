@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.model_file import ModelCard, ModelFile
+from anomaly_seg_ros.model_card import ModelCard, ModelFile
 import numpy as np
 
 

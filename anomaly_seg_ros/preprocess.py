@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a camera frame to the network's input on the CPU."""
 
-from anomaly_seg_ros.model_file import ModelCard
+from anomaly_seg_ros.model_card import ModelCard
 import cv2
 import numpy as np
 

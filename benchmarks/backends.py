@@ -27,7 +27,7 @@ from anomaly_seg_ros.backends import BACKENDS, open_backend
 from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export import build_module, export_model, ExportRequest, run_torch
+from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.files import atomic_write_text
 from anomaly_seg_ros.metrics.pixel import PixelCurve, split_scores
 from anomaly_seg_ros.model_file import load_model_file, ModelFile
@@ -36,6 +36,7 @@ from anomaly_seg_ros.parity import compare
 from anomaly_seg_ros.pipeline import resize_output
 from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
+from anomaly_seg_ros.reference import build_module, run_torch
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent

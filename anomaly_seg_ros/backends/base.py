@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from anomaly_seg_ros.model_file import ModelCard, ModelFile
+from anomaly_seg_ros.model_card import ModelCard, ModelFile
 from anomaly_seg_ros.ports import NetworkOutput
 import numpy as np
 
