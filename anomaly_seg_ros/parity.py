@@ -64,7 +64,8 @@ class Difference:
         """Return the entries for the card's ``parity``."""
         return {'max_score_error': self.max_score_error,
                 'mean_score_error': self.mean_score_error,
-                'label_mismatch': self.label_mismatch, 'frames': self.frames}
+                'label_mismatch': self.label_mismatch, 'score_range': self.score_range,
+                'frames': self.frames}
 
     def check(self, limits: Limits, what: str, against: str) -> None:
         """Raise UserError, which says ``what`` differs from what, unless it is within limits."""

@@ -48,7 +48,8 @@ def check(network, weights, score, tmp_path):
     path = tmp_path / 'model.onnx'
     card = export_model(ExportRequest(network, weights, score, SIZE), path, frames=pictures())
     print(network, score, card.parity)
-    assert card.parity['max_score_error'] <= 1e-4
+    # Of the score's range, as float32's rounding is: sums over 100 queries and 19 classes.
+    assert card.parity['max_score_error'] <= 1e-4 * max(1, card.parity['score_range'])
     assert card.parity['label_mismatch'] <= 1e-4
     assert card.output_size_hw == SIZE
     frame = pictures()[0]
