@@ -56,7 +56,7 @@ class RoadNet(nn.Module):
     size_divisor = 32
     output_stride = 2
 
-    def __init__(self, classes: int = 19, widths: tuple[int, int, int, int] = (16, 32, 48, 72)
+    def __init__(self, classes: int = 19, widths: tuple[int, int, int, int] = (16, 32, 64, 96)
                  ) -> None:
         super().__init__()
         half, quarter, eighth, sixteenth = widths

@@ -13,9 +13,9 @@ from anomaly_seg_ros.synthetic.render import make_view, render
 from anomaly_seg_ros.synthetic.world import Item, make_world, World
 import numpy as np
 
-# Banks of house fronts, trees and people: training scenes use the first, drives those above.
-TRAINING_BANKS = 40
+# Banks of house fronts, trees and people: drives use up to a thousand, training those above.
 _TEST_BANKS = 50
+_TRAINING_BANKS = 2000
 # Drives take place in suburbs and, unless asked otherwise, in milder weather; training sees towns,
 # parks, open country, dusk and fog too.
 _WEATHERS = ('clear', 'golden', 'overcast', 'rain')
@@ -180,13 +180,14 @@ def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
     """
     Paint one moment of a world of its own, for training; it never holds an obstacle.
 
-    The camera's height, tilt, focal length and place in the road vary more than in a drive.
-    The result is a function of the arguments alone.
+    Every second scene is a street like those of drives, the others are of all kinds. The camera's
+    height, tilt, focal length and place in the road vary more than in a drive, and more people
+    are about. The result is a function of the arguments alone.
     """
     if seed < 0:
         raise ValueError(f'seed must be 0 or more, got {seed}')
     rng = np.random.default_rng([seed, 3])
-    world = make_world(rng, 190.0, bank=seed // 50 % TRAINING_BANKS)
+    world = training_world(seed, rng)
     low, high = world.kerbs_d
     d = rng.uniform(low + 1.5, high - 1.5) if rng.random() < 0.4 else (
         max(world.lanes) + rng.normal(0, 0.6))
@@ -200,3 +201,14 @@ def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
                      float(rng.uniform(0.40, 0.54)))
     image, labels, mask = render(world, view, time_s, (seed,))
     return Frame(f'{seed:09d}', image, mask, labels)
+
+
+def training_world(seed: int, rng: np.random.Generator | None = None) -> World:
+    """Draw the world of ``random_scene(seed)``, from ``rng`` if the caller goes on drawing."""
+    if rng is None:
+        rng = np.random.default_rng([seed, 3])
+    bank = _TRAINING_BANKS + seed // 25 % 1000
+    if seed % 2:
+        return make_world(rng, 190.0, str(rng.choice(_WEATHERS)), ('suburb', 'suburb'), bank,
+                          parking_share=0.9, people=3.0)
+    return make_world(rng, 190.0, bank=bank, people=2.0)

@@ -128,7 +128,7 @@ def make_light(rng: np.random.Generator, weather: str | None = None) -> Lighting
 
 def make_world(rng: np.random.Generator, length_m: float, weather: str | None = None,
                styles: tuple[str, str] | None = None, bank: int = 0, parking_share: float = 0.55,
-               speed_mps: float = 9.0) -> World:
+               speed_mps: float = 9.0, people: float = 1.0) -> World:
     """
     Draw a road of ``length_m`` metres.
 
@@ -147,6 +147,8 @@ def make_world(rng: np.random.Generator, length_m: float, weather: str | None = 
         do not share any one of them.
     speed_mps
         The camera's speed; nothing in its direction is slower.
+    people
+        How many people are about, 1 for as many as in drives.
 
     """
     light = make_light(rng, weather)
@@ -178,7 +180,7 @@ def make_world(rng: np.random.Generator, length_m: float, weather: str | None = 
     items: list[Item] = []
     for k, side in enumerate((-1, 1)):
         _fill_side(rng, items, side, styles[k], abs(kerbs[k]), walks[k], length_m, bank,
-                   parking[k], crossings)
+                   parking[k], crossings, people)
     _add_traffic(rng, items, lanes, length_m, crossings, bank, speed_mps)
     decals = _make_decals(rng, half, length_m)
     roughness = float(rng.uniform(0.01, 0.05))
@@ -284,7 +286,7 @@ def _levels(table: np.ndarray) -> np.ndarray:
 
 def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: str, kerb: float,
                walk: float, length_m: float, bank: int, parking: float,
-               crossings: tuple[float, ...]) -> None:
+               crossings: tuple[float, ...], people: float) -> None:
     def pick(count: int) -> int:
         return int(bank * 1000 + rng.integers(count))
 
@@ -355,8 +357,8 @@ def _fill_side(rng: np.random.Generator, items: list[Item], side: int, style: st
         if rng.random() < 0.8:
             _row(rng, items, 'lamp', side * (kerb + 0.5), far, rng.uniform(22, 36), 0, '',
                  (6.0, 6.0), 1.0)
-        people = rng.uniform(0.0, 0.14) if style == 'urban' else rng.uniform(0.0, 0.06)
-        for _ in range(rng.poisson(people * (far + 10))):
+        per_metre = rng.uniform(0.0, 0.14) if style == 'urban' else rng.uniform(0.0, 0.06)
+        for _ in range(rng.poisson(people * per_metre * (far + 10))):
             forward = 1.0 if rng.random() < 0.5 else -1.0
             items.append(Item('person', rng.uniform(3, far), side *
                               (kerb + rng.uniform(0.5, max(walk - 0.3, 0.8))), pick(40),
