@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 REGIONS = ('everywhere', 'drivable')
+FEW_RUNS = 10_000  # up to here finding components in Python is faster than in OpenCV
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,16 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
         are 8-connected.
 
     """
-    mask = cv2.inRange(anomaly, settings.threshold, math.inf, dst=out)
+    mask = np.empty(anomaly.shape, np.uint8) if out is None else out
+    np.greater_equal(anomaly, _as_float32(settings.threshold), out=mask.view(bool))
+    np.negative(mask, out=mask)  # 1 becomes 255
     x0, y0, width, height = cv2.boundingRect(mask)
     if width == 0:
         return mask, ()
     view = (slice(y0, y0 + height), slice(x0, x0 + width))
-    band, scores = mask[view], anomaly[view]
-    count, index = cv2.connectedComponents(band, connectivity=8, ltype=cv2.CV_32S)
-    runs = _find_runs(band, index)
+    band = mask[view]
+    runs = _find_runs(band)
+    count = int(runs.component.max()) + 1
 
     area_px = np.bincount(runs.component, runs.length, count)
     keep = area_px >= settings.minimum_area_px
@@ -120,81 +123,132 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
         inside = np.zeros(count, bool)
         inside[runs.component[touches]] = True
         keep &= inside
-    keep[0] = False
     kept = np.flatnonzero(keep)
-    if len(kept) < count - 1:
-        _erase(band, runs.only(~keep))
+    if len(kept) < count:
+        np.put(mask, _pixels(runs.only(~keep), mask.shape[1], (x0, y0)), 0)
     listed = kept[np.argsort(-area_px[kept], kind='stable')][:settings.maximum_count]
-    return mask, tuple(_describe(listed, runs, index, scores, (x0, y0)))
+    return mask, tuple(_describe(listed, runs, anomaly, (x0, y0)))
+
+
+def _as_float32(threshold: float) -> np.float32:
+    """Return the lowest float32 that is not below ``threshold``: the same pixels pass."""
+    rounded = np.float32(threshold)
+    return rounded if rounded >= threshold else np.nextafter(rounded, np.float32(np.inf))
 
 
 @dataclass(frozen=True)
 class _Runs:
     """Horizontal runs of set pixels in scan order: each array has one entry a run."""
 
-    component: np.ndarray  # int32, 1..n
-    x: np.ndarray          # int32, first column
-    y: np.ndarray          # int32, row
-    length: np.ndarray     # int32, pixels
+    component: np.ndarray  # int64, 0..n-1
+    x: np.ndarray          # int64, first column
+    y: np.ndarray          # int64, row
+    length: np.ndarray     # int64, pixels
 
     def only(self, chosen: np.ndarray) -> '_Runs':
-        """Return the runs of the components for which ``chosen`` (n + 1,) is true."""
+        """Return the runs of the components for which ``chosen`` (n,) is true."""
         rows = np.flatnonzero(chosen[self.component])
         return _Runs(self.component[rows], self.x[rows], self.y[rows], self.length[rows])
 
 
-def _find_runs(mask: np.ndarray, index: np.ndarray) -> _Runs:
+def _find_runs(mask: np.ndarray) -> _Runs:
     """
-    Split a mask (H, W) into runs; ``index`` int32 (H, W) tells their components.
+    Split a mask (H, W) into runs and find which belong together, 8-connected.
 
-    There are far fewer runs than pixels, so that areas, boxes and centroids from runs cost a
-    fraction of OpenCV's statistics, which visit every pixel.
+    There are far fewer runs than pixels: finding components, areas, boxes and centroids from them
+    costs a fraction of OpenCV's functions, which visit every pixel and write an index image.
+    Where there are many (a noisy score), OpenCV finds the components faster.
     """
     height, width = mask.shape
+    stride = width + 1
     # A zero before the first pixel and after every row: no run crosses an edge.
-    padded = np.zeros(height * (width + 1) + 1, np.uint8)
-    padded[1:].reshape(height, width + 1)[:, :width] = mask
-    edges = np.flatnonzero(padded[1:] != padded[:-1]).astype(np.int32)
+    size = height * stride
+    padded = np.zeros(size + 1, np.uint8)
+    padded[1:].reshape(height, stride)[:, :width] = mask
+    changes = np.zeros(-(-size // 8) * 8, bool)
+    np.not_equal(padded[1:], padded[:-1], out=changes[:size])
+    words = np.flatnonzero(changes.view(np.uint64))  # eight pixels at a time: few have a change
+    row, column = np.nonzero(changes.reshape(-1, 8)[words])
+    edges = words[row] * 8 + column
     begin, end = edges[::2], edges[1::2]
-    y, x = np.divmod(begin, np.int32(width + 1))
-    return _Runs(np.take(index, begin - y), x, y, end - begin)
+    y, x = np.divmod(begin, stride)
+    if len(begin) <= FEW_RUNS:
+        component = _connect(begin, end, stride)
+    else:
+        index = cv2.connectedComponents(mask, connectivity=8, ltype=cv2.CV_32S)[1]
+        component = np.take(index, begin - y).astype(np.int64) - 1
+    return _Runs(component, x, y, end - begin)
 
 
-def _describe(components: np.ndarray, runs: _Runs, index: np.ndarray, scores: np.ndarray,
+def _connect(begin: np.ndarray, end: np.ndarray, stride: int) -> np.ndarray:
+    """
+    Return the component of each run: int64, 0..n-1.
+
+    ``begin`` and ``end`` (exclusive) are places in an image of ``stride`` columns, the last of
+    which is empty.
+    """
+    # Runs of the row above touch, corners included, from one column before to one after.
+    first = np.searchsorted(end, begin - stride, 'left')
+    last = np.searchsorted(begin, end - stride, 'right')
+    touching = np.maximum(last - first, 0)
+    below = np.repeat(np.arange(len(begin)), touching)
+    above = np.arange(len(below)) + np.repeat(first - np.cumsum(touching) + touching, touching)
+    # Every run points to one before it, or to itself; pairs hook their roots, then paths shorten.
+    root = np.arange(len(begin))
+    while len(below):
+        low, high = np.minimum(root[below], root[above]), np.maximum(root[below], root[above])
+        apart = low != high
+        if not apart.any():
+            break
+        below, above = below[apart], above[apart]
+        np.minimum.at(root, high[apart], low[apart])
+        while True:
+            shorter = root[root]
+            if np.array_equal(shorter, root):
+                break
+            root = shorter
+    return np.unique(root, return_inverse=True)[1]
+
+
+def _describe(components: np.ndarray, runs: _Runs, anomaly: np.ndarray,
               origin_xy: tuple[int, int]) -> Iterator[Obstacle]:
-    """Yield an obstacle for each of ``components``, which are ids in ``index`` (H, W)."""
+    """Yield an obstacle for each of ``components``; runs begin at ``origin_xy`` of the image."""
     n = len(components)
-    position = np.full(int(runs.component.max()) + 1, -1, np.int32)
-    position[components] = np.arange(n, dtype=np.int32)
+    if not n:
+        return
+    position = np.full(int(runs.component.max()) + 1, -1)
+    position[components] = np.arange(n)
     runs = runs.only(position >= 0)
     of = position[runs.component]
     # One dtype each: ufunc.at is ten times slower when it has to cast.
-    left = np.full(n, np.iinfo(np.int32).max, np.int32)
-    right = np.zeros(n, np.int32)
+    left = np.full(n, anomaly.shape[1])
+    right = np.zeros(n, np.int64)
     np.minimum.at(left, of, runs.x)
     np.maximum.at(right, of, runs.x + runs.length)
     # Runs come in scan order, and of several values assigned to one place the last one stays.
-    top, bottom = np.zeros((2, n), np.int32)
+    top, bottom = np.zeros((2, n), np.int64)
     top[of[::-1]] = runs.y[::-1]
     bottom[of] = runs.y + 1
     length = runs.length.astype(np.float64)
     area = np.bincount(of, length, n)
     centre_x = np.bincount(of, (runs.x + (length - 1) / 2) * length, n) / area
     centre_y = np.bincount(of, runs.y * length, n) / area
-    for i, component in enumerate(components):
-        box = (slice(top[i], bottom[i]), slice(left[i], right[i]))
-        peak = cv2.minMaxLoc(scores[box], (index[box] == component).view(np.uint8))[1]
+    places = _pixels(runs, anomaly.shape[1], origin_xy)
+    highest = np.maximum.reduceat(np.take(anomaly, places), np.cumsum(runs.length) - runs.length)
+    peak = np.full(n, -np.inf, np.float32)
+    np.maximum.at(peak, of, highest)
+    for i in range(n):
         yield Obstacle(int(left[i]) + origin_xy[0], int(top[i]) + origin_xy[1],
                        int(right[i] - left[i]), int(bottom[i] - top[i]), int(area[i]),
                        (float(centre_x[i]) + origin_xy[0], float(centre_y[i]) + origin_xy[1]),
-                       float(peak))
+                       float(peak[i]))
 
 
-def _erase(mask: np.ndarray, runs: _Runs) -> None:
-    """Set the pixels of ``runs`` in ``mask`` (H, W) to 0."""
+def _pixels(runs: _Runs, width: int, origin_xy: tuple[int, int]) -> np.ndarray:
+    """Return the places of all pixels of ``runs`` in an image of ``width``, run after run."""
+    begin = (runs.y + origin_xy[1]) * width + runs.x + origin_xy[0]
     before = np.cumsum(runs.length) - runs.length
-    within = np.arange(int(runs.length.sum())) - np.repeat(before, runs.length)
-    mask[np.repeat(runs.y, runs.length), np.repeat(runs.x, runs.length) + within] = 0
+    return np.arange(int(runs.length.sum())) + np.repeat(begin - before, runs.length)
 
 
 def drivable_hull(labels: np.ndarray | None, drivable: Sequence[int],
