@@ -21,7 +21,7 @@ import psutil
 from sensor_msgs.msg import Image
 
 OUTPUTS = ('obstacle_mask', 'labels', 'anomaly_u8')
-TARGET_MS = 10.0
+TARGET_MS = 12.0
 
 
 def camera_frames(size_hw: tuple[int, int], count: int) -> Iterator[np.ndarray]:

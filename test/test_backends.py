@@ -9,6 +9,7 @@ from anomaly_seg_ros.backends import AUTO_ORDER, available_backends, BACKENDS, o
 from anomaly_seg_ros.backends.onnxruntime import open_session, session_options
 from anomaly_seg_ros.backends.onnxruntime_gpu import placement
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.model_file import load_model_file, write_model_file
 from anomaly_seg_ros.networks import NETWORKS
 from anomaly_seg_ros.ports import input_port, output_ports
@@ -17,7 +18,7 @@ from cards import card, identity_graph, identity_model
 import numpy as np
 import pytest
 import small_network
-from small_network import frames, small_model  # noqa: F401
+from small_network import frames, small_model, small_weights  # noqa: F401
 import torch
 
 
@@ -164,6 +165,19 @@ def test_an_operator_that_no_backend_knows_is_an_error(tmp_path: Path) -> None:
         if BACKENDS[name].unavailable(model) is None:
             with pytest.raises(UserError, match=r'm\.onnx.*Teleport'):
                 open_backend(model, name)
+
+
+def test_openvino_runs_float16(small_weights: Path, tmp_path: Path) -> None:  # noqa: F811
+    """It folds the casts at the ends into inputs and outputs, which then have several names."""
+    pytest.importorskip('openvino')
+    path = tmp_path / 'half.onnx'
+    export_model(ExportRequest('small', small_weights, 'max_logit', (32, 64), precision='fp16'),
+                 path, frames())
+    model = load_model_file(path)
+    image = np.random.default_rng(0).standard_normal((1, 3, 32, 64)).astype(np.float32)
+    with open_backend(model, 'cpu') as one, open_backend(model, 'openvino') as other:
+        expected, got = one.run(image), other.run(image)
+        assert float(np.abs(got.anomaly - expected.anomaly).max()) < 2e-2
 
 
 def test_openvino_says_its_arithmetic(tmp_path: Path) -> None:

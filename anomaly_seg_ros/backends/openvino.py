@@ -77,9 +77,8 @@ class OpenvinoBackend(Backend):
             raise UserError(f'{model.path}: asked for OpenVINO on {device}, it chose '
                             f'{self._devices}. Install the driver of {device}.')
         self._precision = str(compiled.get_property('INFERENCE_PRECISION_HINT').to_string())
-        check_ports(model, *([Port(x.get_any_name(), _DTYPES.get(x.get_element_type().to_string(),
-                                                                 str(x.get_element_type())),
-                                   tuple(x.get_shape())) for x in ports]
+        expected = {port.name for port in (input_port(model.card), *output_ports(model.card))}
+        check_ports(model, *([_as_port(x, expected) for x in ports]
                              for ports in (compiled.inputs, compiled.outputs)))
         self._input = input_port(model.card)
         self._request = compiled.create_infer_request()
@@ -106,3 +105,11 @@ class OpenvinoBackend(Backend):
     def close(self) -> None:
         """Free the compiled model; the backend cannot run afterwards."""
         self._request = None
+
+
+def _as_port(tensor: Any, expected: set[str]) -> Port:
+    """Describe an input or output; where casts are folded into it, it goes by several names."""
+    names = tensor.get_names()
+    element = tensor.get_element_type()
+    return Port(next(iter(sorted(names & expected or names)), ''),
+                _DTYPES.get(element.to_string(), str(element)), tuple(tensor.get_shape()))
