@@ -53,3 +53,13 @@ def small_benchmark(tmp_path: Path) -> Path:
         cv2.imwrite(str(root / 'images' / f'{index}.png'), image)
         cv2.imwrite(str(root / 'labels_masks' / f'{index}.png'), mask)
     return root
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """Threads do nothing for small tensors, and cost much where cores are shared."""
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

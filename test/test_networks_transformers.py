@@ -24,15 +24,7 @@ from segmenters import build, family, processor, save, SMALL  # noqa: E402, I100
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Threads do nothing for small tensors, and cost much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def size_of(case):

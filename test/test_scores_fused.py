@@ -19,16 +19,8 @@ from test_scores import mask_reference, reference, sample_reference, TINY
 import torch
 
 settle_vector_math()
+pytestmark = pytest.mark.usefixtures('one_thread')
 NAMES = ('msp', 'max_logit', 'entropy', 'energy')
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """Threads do nothing for small tensors, and cost much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class AllScores(torch.nn.Module):

@@ -59,8 +59,8 @@ class TorchBackend(Backend):
         reason = self.unavailable(model)
         if reason is not None and not (weights and 'weights' in reason):
             raise UserError(f'{model.path}: backend torch: {reason}')
-        from anomaly_seg_ros.reference import build_module
         from anomaly_seg_ros.networks import load_network
+        from anomaly_seg_ros.reference import build_module
         import torch
 
         if device not in ('cpu', 'cuda'):
