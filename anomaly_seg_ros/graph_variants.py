@@ -37,7 +37,12 @@ def half_body(module: 'nn.Module') -> 'nn.Module':
                 return tuple(output.float() for output in outputs)
             return outputs.float()
 
-    return HalfBody().eval()
+    class HalfBodyWithRows(HalfBody):
+        def subpixel_rows(self, image: 'Tensor') -> 'tuple[Tensor, ...]':
+            return tuple(rows.float() for rows in self.body.subpixel_rows(image.half()))
+
+    kind = HalfBodyWithRows if hasattr(module, 'subpixel_rows') else HalfBody
+    return kind().eval()
 
 
 def on_device(fused: 'nn.Module', card: ModelCard,

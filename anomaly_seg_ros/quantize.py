@@ -4,8 +4,9 @@ Static int8 quantisation of an exported graph, kept only if the metrics hold.
 
 Weights and activations of the convolutions pass through QuantizeLinear and DequantizeLinear nodes
 (QDQ), which ONNX Runtime, OpenVINO and TensorRT run in integers. The ranges of the activations are
-measured on frames of the user's camera. Transposed convolutions stay in float: ONNX Runtime has no
-integer kernel for them, and the last one makes the logits, whose digits are the anomaly score.
+measured on frames of the user's camera. The convolutions that make the logits, whose digits are
+the anomaly score, stay in float, as do transposed ones, for which ONNX Runtime has no integer
+kernel.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,12 +75,35 @@ def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray]) -> byt
                 quant_format=quantization.QuantFormat.QDQ, per_channel=True,
                 activation_type=quantization.QuantType.QInt8,
                 weight_type=quantization.QuantType.QInt8, op_types_to_quantize=['Conv'],
+                nodes_to_exclude=_last_convolutions(folder / 'folded.onnx'),
                 calibrate_method=quantization.CalibrationMethod.Percentile,
                 # Zero points of 0 are what TensorRT takes. One frame at a time: the histograms
                 # of all layers would not fit into memory otherwise.
                 extra_options={'ActivationSymmetric': True, 'CalibPercentile': PERCENTILE,
                                'CalibStridedMinMax': 1})
         return (folder / 'int8.onnx').read_bytes()
+
+
+def _last_convolutions(path: Path) -> list[str]:
+    """Return the names of the convolutions from which no other leads to the outputs."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    waiting = [output.name for output in graph.output]
+    seen: set[str] = set()
+    found: list[str] = []
+    while waiting:
+        name = waiting.pop()
+        node = makers.get(name)
+        if node is None or name in seen:
+            continue
+        seen.add(name)
+        if node.op_type == 'Conv':
+            found.append(node.name)
+        else:
+            waiting += node.input
+    return found
 
 
 def check_drop(reference: bytes, graph: bytes, card: ModelCard, dataset: 'Sequence[Frame]',

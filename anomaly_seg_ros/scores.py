@@ -5,16 +5,16 @@ Anomaly scores: pure functions on a network's raw outputs, higher is more anomal
 What a network gives decides which table applies:
 
 ``logits``
-    (N, C, H, W), before softmax over the known classes: ``SCORES``.
+    (N, C, H, W), or (P, C) for P pixels, before softmax over the known classes: ``SCORES``.
 ``masks``
     Class logits (N, Q, C + 1), "no object" last, and mask logits (N, Q, H, W): ``MASK_SCORES``.
 ``samples``
     Logits (T, C, H, W) of one image, from T networks or T dropout masks: ``SAMPLE_SCORES``.
 
 Every function takes these outputs and a ``temperature`` > 0 by which all class logits are divided
-first, and returns float32 (N, H, W); N is 1 for samples. Half-precision outputs are computed on
-in float32. Nothing is exponentiated but values <= 0, and no probability close to 1 is subtracted
-from 1, so that saturated pixels keep their digits and their order.
+first, and returns float32 (N, H, W), or (P,); N is 1 for samples. Half-precision outputs are
+computed on in float32. Nothing is exponentiated but values <= 0, and no probability close to 1 is
+subtracted from 1, so that saturated pixels keep their digits and their order.
 
 f stands for logits / temperature, p for softmax(f) over the classes.
 """

@@ -50,6 +50,16 @@ def test_erfnet_checkpoints(erfnet, tmp_path, prefix, outputs):
     torch.testing.assert_close(got, want[:, :19], rtol=1e-5, atol=1e-6)
 
 
+def test_erfnet_rows_are_its_logits(erfnet):
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        logits, rows = erfnet(image), erfnet.subpixel_rows(image)
+    assert [tuple(x.shape) for x in rows] == [(32, 96, 20)] * 2
+    for index, got in enumerate(rows):
+        torch.testing.assert_close(got, logits[0, :, index::2].permute(1, 2, 0),
+                                   rtol=1e-5, atol=1e-5)
+
+
 def test_erfnet_refuses_other_weights(erfnet, tmp_path):
     state = dict(erfnet.state_dict())
     del state['encoder.layers.0.conv.weight']

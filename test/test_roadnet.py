@@ -29,6 +29,16 @@ def test_logits_have_half_the_size(network, size):
     assert RoadNet.output_stride == 2
 
 
+def test_rows_are_the_logits(network):
+    image = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        logits, rows = network(image), network.subpixel_rows(image)
+    assert [tuple(x.shape) for x in rows] == [(16, 48, 19)] * 2
+    for index, got in enumerate(rows):
+        torch.testing.assert_close(got, logits[0, :, index::2].permute(1, 2, 0),
+                                   rtol=1e-5, atol=1e-5)
+
+
 def test_size(network):
     counted = sum(int(np.prod(p.shape)) for p in network.state_dict().values()
                   if p.ndim == 4) + sum(2 * m.num_features for m in network.modules()

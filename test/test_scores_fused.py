@@ -10,6 +10,7 @@ from anomaly_seg_ros.networks import load_network, LoadedNetwork
 from anomaly_seg_ros.networks.erfnet import ERFNet
 from anomaly_seg_ros.networks.heads import FixedDropout
 from anomaly_seg_ros.networks.numerics import settle_vector_math
+from anomaly_seg_ros.networks.subpixel import classes_last
 from anomaly_seg_ros.scores import MASK_SCORES, SAMPLE_SCORES, SCORES
 import cv2
 import numpy as np
@@ -35,9 +36,9 @@ class AllScores(torch.nn.Module):
         return tuple(function(*outputs, t) for function, t in self.functions)
 
 
-def in_graph(table, names, inputs):
+def in_graph(table, names, inputs, module=AllScores):
     """Export once and return a function that runs the graph on ONNX Runtime."""
-    program = torch.onnx.export(AllScores(table, names).eval(), inputs, dynamo=True,
+    program = torch.onnx.export(module(table, names).eval(), inputs, dynamo=True,
                                 opset_version=20, verbose=False)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(),
                                            providers=['CPUExecutionProvider'])
@@ -49,9 +50,18 @@ def in_graph(table, names, inputs):
     return run
 
 
-@pytest.fixture(scope='module')
-def logits_graph():
-    return in_graph(SCORES, NAMES, (torch.zeros(1, 19, 64, 128),))
+class OfPixels(AllScores):
+    """The scores of logits (1, C, h, w) with the classes last, as the exported graphs have it."""
+
+    def forward(self, logits):
+        """Return the scores in the order of names and temperatures."""
+        pixels = classes_last(logits).reshape(-1, logits.shape[1])
+        return tuple(x.reshape(1, *logits.shape[2:]) for x in super().forward(pixels))
+
+
+@pytest.fixture(scope='module', params=[AllScores, OfPixels])
+def logits_graph(request):
+    return in_graph(SCORES, NAMES, (torch.zeros(1, 19, 64, 128),), request.param)
 
 
 def compare(got, logits):

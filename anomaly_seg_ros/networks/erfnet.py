@@ -9,6 +9,7 @@ Semantic Segmentation, IEEE T-ITS 2018. Module names follow the authors' checkpo
 Input: float32 (N, 3, H, W), RGB / 255, H and W divisible by 8. Output: logits (N, C, H, W).
 """
 
+from anomaly_seg_ros.networks.subpixel import SubpixelRows
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -99,13 +100,24 @@ class Decoder(nn.Module):
             UpsamplerBlock(128, 64), NonBottleneck1d(64, 0.0, 1), NonBottleneck1d(64, 0.0, 1),
             UpsamplerBlock(64, 16), NonBottleneck1d(16, 0.0, 1), NonBottleneck1d(16, 0.0, 1)])
         self.output_conv = nn.ConvTranspose2d(16, classes, 2, stride=2)
+        self.output_rows = SubpixelRows()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 128, H/8, W/8) -> (N, classes, H, W)."""
+        logits: Tensor = self.output_conv(self._features(x))
+        return logits
+
+    def subpixel_rows(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(1, 128, H/8, W/8) -> the logits of even and of odd rows, (H/2, W, classes) each."""
+        weight, bias = self.output_conv.weight, self.output_conv.bias
+        rows: tuple[Tensor, ...] = self.output_rows(self._features(x), weight,
+                                                    bias[:, None, None].expand(-1, 2, 2))
+        return rows
+
+    def _features(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        logits: Tensor = self.output_conv(x)
-        return logits
+        return x
 
 
 class ERFNet(nn.Module):
@@ -123,3 +135,7 @@ class ERFNet(nn.Module):
         """Return logits (N, classes, H, W) of ``image`` (N, 3, H, W), RGB in [0, 1]."""
         logits: Tensor = self.decoder(self.encoder(image))
         return logits
+
+    def subpixel_rows(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the same logits of one image, pixel by pixel; see ``SubpixelRows``."""
+        return self.decoder.subpixel_rows(self.encoder(image))

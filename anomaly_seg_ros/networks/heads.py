@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
+from anomaly_seg_ros.networks.subpixel import classes_last
 from anomaly_seg_ros.scores import class_scores, mean_posterior
 import torch
 from torch import nn, Tensor
@@ -39,11 +40,32 @@ class LogitsHead(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels uint8 (1, h, w) and score float32 (1, h, w)."""
+        answers = [self._answer(logits) for logits in self._rows(image)]
+        labels, anomaly = (torch.stack(rows, dim=1).flatten(0, 1)[None]
+                           for rows in zip(*answers, strict=True))
+        return labels, anomaly
+
+    def _rows(self, image: Tensor) -> tuple[Tensor, ...]:
+        """
+        Return r tensors (h / r, w, C), the logits of every r-th row.
+
+        Labels and score then read memory from front to back; see ``subpixel``.
+        """
+        if hasattr(self.body, 'subpixel_rows') and not self.upsample:
+            rows: tuple[Tensor, ...] = self.body.subpixel_rows(image)
+            return rows
         logits = self.body(image).float()
         if self.upsample:
             logits = resize(logits, image.shape[-2:])
-        known = logits[:, :-1] if self.hidden_channel else logits
-        return known.argmax(dim=1).to(torch.uint8), self.score(logits)
+        return (classes_last(logits).flatten(0, 1),)
+
+    def _answer(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return labels and score, (h, w) each, of logits (h, w, C)."""
+        size_hw = logits.shape[:2]
+        pixels = logits.float().reshape(-1, logits.shape[-1])
+        known = pixels[:, :-1] if self.hidden_channel else pixels
+        return (known.argmax(dim=1).to(torch.uint8).reshape(size_hw),
+                self.score(pixels).reshape(size_hw))
 
 
 class MasksHead(nn.Module):

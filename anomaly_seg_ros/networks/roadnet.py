@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """RoadNet: the small segmentation network of the bundled model, made for inference on CPUs."""
 
+from anomaly_seg_ros.networks.subpixel import SubpixelRows
 from torch import nn, Tensor
 from torch.nn import functional
 
@@ -73,6 +74,7 @@ class RoadNet(nn.Module):
         self.fuse4 = Residual(quarter)
         self.head = nn.Conv2d(quarter, classes * 4, 1)
         self.shuffle = nn.PixelShuffle(2)
+        self.head_rows = SubpixelRows()
 
     def forward(self, image: Tensor) -> Tensor:
         """
@@ -81,12 +83,24 @@ class RoadNet(nn.Module):
         ``image`` (N, 3, H, W) is RGB in [0, 1] less ``mean``, divided by ``std``; H and W are
         multiples of 32.
         """
+        logits: Tensor = self.shuffle(self.head(self._features(image)))
+        return logits
+
+    def subpixel_rows(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the same logits of one image, pixel by pixel; see ``SubpixelRows``."""
+        weight = self.head.weight.reshape(-1, 2, 2, self.head.in_channels).permute(3, 0, 1, 2)
+        rows: tuple[Tensor, ...] = self.head_rows(self._features(image), weight,
+                                                  self.head.bias.reshape(-1, 2, 2))
+        return rows
+
+    def _features(self, image: Tensor) -> Tensor:
+        """Return what the last convolution works on, at stride 4."""
         at4 = self.stage4(self.down4(self.stem(image)))
         at8 = self.stage8(self.down8(at4))
         at16 = self.stage16(self.down16(at8))
         at8 = self.fuse8(at8 + _double(self.up16(at16)))
-        at4 = self.fuse4(at4 + _double(self.up8(at8)))
-        return self.shuffle(self.head(at4))
+        features: Tensor = self.fuse4(at4 + _double(self.up8(at8)))
+        return features
 
 
 def _double(x: Tensor) -> Tensor:
