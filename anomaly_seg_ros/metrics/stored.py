@@ -9,7 +9,7 @@ accumulator that merges, so frames can be split over processes or a Ray cluster:
 result are the same however they are split.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -343,14 +343,18 @@ class _Scan:
     def merge(self, other: '_Scan') -> None:
         self.problems |= other.problems
         self.positives.merge(other.positives)
-        self.full_range = _widen(self.full_range, np.array(other.full_range))
-        self.valid_range = _widen(self.valid_range, np.array(other.valid_range))
+        self.full_range = _join_ranges(self.full_range, other.full_range)
+        self.valid_range = _join_ranges(self.valid_range, other.valid_range)
 
 
 def _widen(low_high: tuple[float, float], scores: npt.NDArray[Any]) -> tuple[float, float]:
     if not scores.size:
         return low_high
-    return min(low_high[0], float(scores.min())), max(low_high[1], float(scores.max()))
+    return _join_ranges(low_high, (float(scores.min()), float(scores.max())))
+
+
+def _join_ranges(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
+    return min(first[0], second[0]), max(first[1], second[1])
 
 
 class _Count:
@@ -466,7 +470,7 @@ class _Run(Protocol):
                  counter: _Counter) -> _Pass: ...
 
 
-def _accumulate(task: _Pass, source: ScoreSource, frames: _Frames,
+def _accumulate(task: _Pass, source: ScoreSource, frames: Iterable[tuple[int, str]],
                 counter: _Counter | None = None) -> _Pass:
     """Feed frames to an accumulator; pass 1 notes problems, the others raise them."""
     for index, name in frames:
@@ -515,31 +519,60 @@ def _start(workers: int, ray: str | None) -> Iterator[_Run]:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[_Run]:
-    """Run on this process and ``workers - 1`` spawned ones, so that it works while they start."""
-    with ProcessPoolExecutor(workers - 1, multiprocessing.get_context('spawn'),
-                             cv2.setNumThreads, (1,)) as pool:
+    """
+    Run on this process and ``workers - 1`` spawned ones, so that it works while they start.
+
+    Each takes the next frame that none has begun, and sends its accumulator once a pass.
+    """
+    context = multiprocessing.get_context('spawn')
+    begun = context.Value('q', 0)  # frames of this pass that somebody has begun
+    with ProcessPoolExecutor(workers - 1, context, _start_process, (begun,)) as pool:
         def run(task: _Pass, source: ScoreSource, frames: _Frames, counter: _Counter) -> _Pass:
-            merged = None
-            chunks = _chunks(frames, workers)
-            pending = [(pool.submit(_accumulate, task, source, chunk), chunk) for chunk in chunks]
+            begun.value = 0
+            others = [pool.submit(_accumulate_next, task, source, frames)
+                      for _ in range(workers - 1)]
+            counted = 0
             try:
-                # The others begin at the front; from the end, take what none has begun.
-                while pending:
-                    future, chunk = pending.pop()
-                    if future.cancel():
-                        part = _accumulate(deepcopy(task), source, chunk)
-                    else:
-                        part = future.result()
-                    merged = _join(merged, part)
-                    counter.add(len(chunk))
+                merged = deepcopy(task)
+                for frame in _next_frames(frames, begun):
+                    _accumulate(merged, source, [frame])
+                    now = min(begun.value, len(frames))
+                    counter.add(now - counted)
+                    counted = now
+                for other in others:
+                    merged.merge(other.result())
             except BrokenProcessPool as error:
                 raise UserError('a worker process died, most often for lack of memory; run again '
                                 'with fewer --workers') from error
             finally:
-                for future, _ in pending:
-                    future.cancel()
-            return merged or task
+                begun.value = len(frames)  # after an error: let the others end
+            counter.add(len(frames) - counted)
+            return merged
         yield run
+
+
+_begun: Any = None  # of a spawned process
+
+
+def _start_process(begun: Any) -> None:
+    global _begun
+    _begun = begun
+    cv2.setNumThreads(1)
+
+
+def _accumulate_next(task: _Pass, source: ScoreSource, frames: _Frames) -> _Pass:
+    """Feed an accumulator the frames that no other process has begun."""
+    return _accumulate(task, source, _next_frames(frames, _begun))
+
+
+def _next_frames(frames: _Frames, begun: Any) -> Iterator[tuple[int, str]]:
+    while True:
+        with begun.get_lock():
+            place = begun.value
+            begun.value = place + 1
+        if place >= len(frames):
+            return
+        yield frames[place]
 
 
 def _reach(address: str) -> None:
