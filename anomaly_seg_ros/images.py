@@ -64,6 +64,20 @@ class DecodedImage:
         return np.ascontiguousarray(self.array)
 
 
+class FrameBuffer:
+    """Memory for a decoded frame, made anew only when the size changes."""
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self._array = np.empty((0, 0, 3), np.uint8)
+
+    def array(self, size_hw: tuple[int, int]) -> np.ndarray:
+        """Return uint8 (H, W, 3), of any content."""
+        if self._array.shape[:2] != size_hw:
+            self._array = np.empty((*size_hw, 3), np.uint8)
+        return self._array
+
+
 @dataclass(frozen=True)
 class _Layout:
     dtype: str
@@ -162,13 +176,14 @@ def message_array(message: ImageMessage) -> np.ndarray:
     return np.ndarray(shape, dtype, buffer=raw, strides=strides)
 
 
-def image_from_message(message: ImageMessage) -> DecodedImage:
+def image_from_message(message: ImageMessage, buffer: FrameBuffer | None = None) -> DecodedImage:
     """
     Read a camera image from a message.
 
     rgb8, bgr8 and 8UC3 (taken as BGR, OpenCV's order) are viewed without a copy, also where
     ``step`` pads the rows. The other encodings are converted to RGB; results equal
-    rosbags-image's. 16 bits become 8 by ``value // 257``.
+    rosbags-image's. 16 bits become 8 by ``value // 257``. With ``buffer``, 8-bit encodings are
+    converted into it.
 
     Raises
     ------
@@ -192,7 +207,8 @@ def image_from_message(message: ImageMessage) -> DecodedImage:
     elif layout.dtype == 'u2':
         pixels = pixels.astype(np.uint16)
     if layout.to_rgb:
-        pixels = cv2.cvtColor(pixels, getattr(cv2, layout.to_rgb))
+        into = None if buffer is None or pixels.dtype != np.uint8 else buffer.array(size_hw)
+        pixels = cv2.cvtColor(pixels, getattr(cv2, layout.to_rgb), dst=into)
     if pixels.dtype == np.uint16:
         pixels = (pixels // 257).astype(np.uint8)
     return DecodedImage(pixels, layout.order, size_hw)
@@ -214,7 +230,8 @@ def mask_from_message(message: ImageMessage) -> np.ndarray:
 
 
 def decode_compressed(data: Any, image_format: str,
-                      reduce_to_hw: tuple[int, int] | None = None) -> DecodedImage:
+                      reduce_to_hw: tuple[int, int] | None = None,
+                      buffer: FrameBuffer | None = None) -> DecodedImage:
     """
     Decode the data of a sensor_msgs/msg/CompressedImage, wholly or not at all.
 
@@ -234,6 +251,8 @@ def decode_compressed(data: Any, image_format: str,
         (height, width) that the network needs: a JPEG is then decoded at a half, a quarter or an
         eighth of its size as long as it stays at least that large. Faster, but not the same
         pixels as full decoding and later resizing.
+    buffer
+        Where simplejpeg is to put the pixels; the result is then valid until its next use.
 
     Returns
     -------
@@ -256,7 +275,7 @@ def decode_compressed(data: Any, image_format: str,
                        'compressed topic of the colour camera.')
     head = encoded[:16].tobytes()
     if head[:3] == b'\xff\xd8\xff':
-        return _decode_jpeg(encoded, reduce_to_hw)
+        return _decode_jpeg(encoded, reduce_to_hw, buffer)
     if head[:8] == b'\x89PNG\r\n\x1a\n' or (head[:4] == b'RIFF' and head[8:12] == b'WEBP'):
         pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if pixels is None:
@@ -317,7 +336,8 @@ def message_data(pixels: np.ndarray) -> 'array.array[int]':
     return data
 
 
-def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None) -> DecodedImage:
+def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None,
+                 buffer: FrameBuffer | None) -> DecodedImage:
     size_hw = _jpeg_size_hw(encoded)
     factor = 1
     if reduce_to_hw is not None:
@@ -328,10 +348,13 @@ def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None) -> D
     if _has_simplejpeg():
         import simplejpeg  # type: ignore[import-untyped,unused-ignore]
         try:
+            # libjpeg rounds a reduced size up.
+            decoded_hw = (-(-size_hw[0] // factor), -(-size_hw[1] // factor))
+            smallest = {} if factor == 1 else dict(zip(('min_height', 'min_width'), decoded_hw,
+                                                       strict=True))
             pixels = simplejpeg.decode_jpeg(
-                encoded, 'BGR', min_factor=factor,
-                **({} if factor == 1 else {'min_height': math.ceil(size_hw[0] / factor),
-                                           'min_width': math.ceil(size_hw[1] / factor)}))
+                encoded, 'BGR', min_factor=factor, **smallest,
+                buffer=None if buffer is None else buffer.array(decoded_hw))
         except ValueError as error:
             raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}). '
                            'Check the publisher or the recording.') from error

@@ -9,6 +9,7 @@ and are resized to the camera's resolution; the threshold is applied there, so t
 on the image to the pixel.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import time
 
@@ -19,6 +20,7 @@ import cv2
 import numpy as np
 
 STAGES = ('preprocess', 'network', 'upsample', 'obstacles')
+MAPS: dict[str, type] = {'labels': np.uint8, 'anomaly': np.float32, 'mask': np.uint8}
 
 
 class BadOutput(RuntimeError):
@@ -30,7 +32,8 @@ class Detection:
     """
     The answer for one frame, at the camera's resolution.
 
-    The arrays belong to the pipeline and are overwritten by its next call; ``copy`` keeps them.
+    The arrays belong to the pipeline, or are those given as ``out``, and are overwritten by its
+    next call; ``copy`` keeps them.
 
     Attributes
     ----------
@@ -79,12 +82,12 @@ class Pipeline:
         self._backend = backend
         self._preprocess = (Preprocessor(self.card, out=backend.input_buffer)
                             if self.card.input_variant == 'host' else None)
-        self._labels = np.empty((0, 0), np.uint8)
-        self._anomaly = np.empty((0, 0), np.float32)
-        self._mask = np.empty((0, 0), np.uint8)
+        self._maps: dict[str, np.ndarray] = {name: np.empty((0, 0), dtype)
+                                             for name, dtype in MAPS.items()}
         self._swapped = np.empty((0, 0, 3), np.uint8)
 
-    def __call__(self, image: np.ndarray, channel_order: str = 'rgb') -> Detection:
+    def __call__(self, image: np.ndarray, channel_order: str = 'rgb',
+                 out: Mapping[str, np.ndarray] | None = None) -> Detection:
         """
         Answer one frame.
 
@@ -94,6 +97,9 @@ class Pipeline:
             uint8 (H, W, 3), any size (the card's ``frame_size_hw`` for a ``device`` model).
         channel_order
             ``rgb`` or ``bgr``.
+        out
+            Arrays (H, W) to write maps into, by the names and types in ``MAPS``. Only labels and
+            score that the network gives at (H, W) itself are not written there.
 
         Raises
         ------
@@ -118,11 +124,13 @@ class Pipeline:
             raise BadOutput(f'score {self.card.score!r} is not finite everywhere in this frame')
         clock.append(time.perf_counter())
 
-        labels, anomaly = self._to_camera_size(output.labels, output.anomaly, image.shape[:2])
+        maps = {**self._own_maps(image.shape[:2]), **(out or {})}
+        labels, anomaly = resize_output(output.labels, output.anomaly, image.shape[:2],
+                                        maps['labels'], maps['anomaly'])
         clock.append(time.perf_counter())
 
         mask, obstacles = find_obstacles(anomaly, self.settings, output.labels,
-                                         self.card.drivable, out=self._mask)
+                                         self.card.drivable, out=maps['mask'])
         clock.append(time.perf_counter())
 
         stages_ms = {name: (after - before) * 1e3
@@ -149,13 +157,11 @@ class Pipeline:
             self._swapped = np.empty(image.shape, np.uint8)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=self._swapped)
 
-    def _to_camera_size(self, labels: np.ndarray, anomaly: np.ndarray,
-                        size_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        if self._mask.shape != size_hw:
-            self._labels = np.empty(size_hw, np.uint8)
-            self._anomaly = np.empty(size_hw, np.float32)
-            self._mask = np.empty(size_hw, np.uint8)
-        return resize_output(labels, anomaly, size_hw, self._labels, self._anomaly)
+    def _own_maps(self, size_hw: tuple[int, int]) -> Mapping[str, np.ndarray]:
+        for name, own in self._maps.items():
+            if own.shape != size_hw:
+                self._maps[name] = np.empty(size_hw, own.dtype)
+        return self._maps
 
 
 def resize_output(labels: np.ndarray, anomaly: np.ndarray, size_hw: tuple[int, int],

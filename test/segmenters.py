@@ -83,7 +83,11 @@ def build(case: str, classes: tuple[str, ...] = CITYSCAPES_CLASSES,
     config = kind.config_class(id2label=dict(enumerate(classes)),
                                **(small if settings is None else settings))
     model = kind(config).eval()
-    gains = MASK2FORMER_GAINS if case == 'mask2former' else HEAD_GAINS if settings else {'': 1.5}
+    gains = {'': 1.5}
+    if case == 'mask2former':
+        gains = MASK2FORMER_GAINS
+    elif settings and not case.startswith('mobilenet'):  # whose initialisation fades to nothing
+        gains = HEAD_GAINS
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             gain = next((g for part, g in gains.items() if part in name), None)

@@ -266,5 +266,5 @@ def test_erfnet_in_float16_on_real_frames(real_data: Path, tmp_path: Path) -> No
     card = export_model(
         ExportRequest('erfnet', real_data / 'weights/erfnet_cityscapes_20ch.pth',
                       precision='fp16', input_size_hw=(256, 512)), tmp_path / 'm.onnx', images)
-    assert card.parity['float16']['label_mismatch'] < 2e-3
+    assert card.parity['float16']['label_mismatch'] < 4e-3
     assert card.parity['float16']['mean_score_error'] < 2e-2

@@ -120,6 +120,21 @@ def test_steady_state_makes_no_frame_sized_arrays(backend: Backend) -> None:
         assert getattr(first, name) is getattr(second, name)
 
 
+def test_maps_go_where_they_are_wanted(backend: Backend) -> None:
+    """Into the arrays given, the others into the pipeline's own; with the same values."""
+    pipeline = Pipeline(backend)
+    own = pipeline(noise((48, 80), 1)).copy()
+    given = {'labels': np.full((48, 80), 77, np.uint8), 'mask': np.full((48, 80), 77, np.uint8)}
+    got = pipeline(noise((48, 80), 1), out=given)
+    for name in ('labels', 'anomaly', 'mask'):
+        np.testing.assert_array_equal(getattr(got, name), getattr(own, name))
+        if name in given:
+            assert np.shares_memory(getattr(got, name), given[name])
+    other = pipeline(noise((48, 80), 2))
+    assert not np.shares_memory(other.labels, given['labels'])
+    np.testing.assert_array_equal(given['labels'], own.labels)
+
+
 def test_settings_may_change_between_frames(backend: Backend) -> None:
     """The card gives the first threshold; a new one acts on the next frame."""
     pipeline = Pipeline(backend)

@@ -30,6 +30,8 @@ IMAGES: dict[str, tuple[str, type, int]] = {
     'anomaly': ('32FC1', np.float32, 1),
     'overlay': ('rgb8', np.uint8, 3),
 }
+# The images that are the pipeline's own maps, by its names.
+MAPS = {'obstacle_mask': 'mask', 'labels': 'labels', 'anomaly': 'anomaly'}
 
 
 class Outputs:
@@ -73,6 +75,11 @@ class Outputs:
         extra = {'camera_info': self._camera_info, 'frame': self._frame}
         return tuple(name for name, publisher in (self._images | extra).items()
                      if publisher.get_subscription_count())
+
+    def maps(self, size_hw: tuple[int, int], wanted: Collection[str]) -> dict[str, np.ndarray]:
+        """Return the messages' pixels for those of the pipeline's maps that are wanted."""
+        return {field: self._buffers[name].pixels(size_hw) for name, field in MAPS.items()
+                if name in wanted}
 
     def publish(self, header: Header, image: DecodedImage, detection: Detection,
                 card: ModelCard, opacity: float, wanted: Collection[str]) -> tuple[float, float]:
@@ -136,8 +143,9 @@ class Outputs:
             overlay(self._as_rgb(image), detection.labels, detection.anomaly, detection.mask,
                     card.palette, card.score_range, opacity, out=pixels)
         else:
-            field = {'obstacle_mask': 'mask'}.get(name, name)
-            np.copyto(pixels, getattr(detection, field))
+            result = getattr(detection, MAPS[name])
+            if not np.may_share_memory(result, pixels):
+                np.copyto(pixels, result)
 
     def _as_rgb(self, image: DecodedImage) -> np.ndarray:
         if image.channel_order == 'rgb':

@@ -8,7 +8,7 @@ import time
 import traceback
 from typing import Any
 
-from anomaly_seg_ros.images import BadImage, DecodedImage
+from anomaly_seg_ros.images import BadImage, DecodedImage, FrameBuffer
 from anomaly_seg_ros.model_file import ModelCard
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import BadOutput, Detection
@@ -90,6 +90,7 @@ class Worker:
         self._log_error = log_error
         self._on_swapped = on_swapped
         self._quality = QualityChecker()
+        self._frame_buffer = FrameBuffer()
         self._activation = 0
         self._active = False
         self._stopped = False
@@ -205,13 +206,14 @@ class Worker:
         pipeline = self._model.pipeline
         clock = [time.perf_counter()]
         image = read_image(arrival.message, pipeline.card.input_size_hw
-                           if parameters.reduced_decode else None)
+                           if parameters.reduced_decode else None, self._frame_buffer)
         clock.append(time.perf_counter())
         flags = self._quality(image.array) if parameters.quality_checks else ()
         clock.append(time.perf_counter())
 
         pipeline.settings = _settings(parameters, pipeline.card, image)
-        detection = pipeline(image.array, image.channel_order)
+        detection = pipeline(image.array, image.channel_order,
+                             out=self._outputs.maps(image.array.shape[:2], wanted))
         distrusted = parameters.fallback_mask and not set(flags).isdisjoint(
             parameters.fallback_flags)
         if distrusted:
