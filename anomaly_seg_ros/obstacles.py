@@ -106,28 +106,25 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
     mask = np.empty(anomaly.shape, np.uint8) if out is None else out
     np.greater_equal(anomaly, _as_float32(settings.threshold), out=mask.view(bool))
     np.negative(mask, out=mask)  # 1 becomes 255
-    x0, y0, width, height = cv2.boundingRect(mask)
-    if width == 0:
+    runs = _find_runs(mask)
+    if not runs.length.size:
         return mask, ()
-    view = (slice(y0, y0 + height), slice(x0, x0 + width))
-    band = mask[view]
-    runs = _find_runs(band)
     count = int(runs.component.max()) + 1
 
     area_px = np.bincount(runs.component, runs.length, count)
     keep = area_px >= settings.minimum_area_px
     if settings.region == 'drivable' and keep.any():
         left, right = _row_extents(
-            drivable_hull(labels, drivable, (anomaly.shape[1], anomaly.shape[0]))[view])
+            drivable_hull(labels, drivable, (anomaly.shape[1], anomaly.shape[0])))
         touches = (runs.x < right[runs.y]) & (runs.x + runs.length > left[runs.y])
         inside = np.zeros(count, bool)
         inside[runs.component[touches]] = True
         keep &= inside
     kept = np.flatnonzero(keep)
     if len(kept) < count:
-        np.put(mask, _pixels(runs.only(~keep), mask.shape[1], (x0, y0)), 0)
+        np.put(mask, _pixels(runs.only(~keep), mask.shape[1]), 0)
     listed = kept[np.argsort(-area_px[kept], kind='stable')][:settings.maximum_count]
-    return mask, tuple(_describe(listed, runs, anomaly, (x0, y0)))
+    return mask, tuple(_describe(listed, runs, anomaly))
 
 
 def _as_float32(threshold: float) -> np.float32:
@@ -153,31 +150,50 @@ class _Runs:
 
 def _find_runs(mask: np.ndarray) -> _Runs:
     """
-    Split a mask (H, W) into runs and find which belong together, 8-connected.
+    Split a mask (H, W) of 0 and 255 into runs and find which belong together, 8-connected.
 
     There are far fewer runs than pixels: finding components, areas, boxes and centroids from them
     costs a fraction of OpenCV's functions, which visit every pixel and write an index image.
     Where there are many (a noisy score), OpenCV finds the components faster.
     """
-    height, width = mask.shape
-    stride = width + 1
-    # A zero before the first pixel and after every row: no run crosses an edge.
-    size = height * stride
-    padded = np.zeros(size + 1, np.uint8)
-    padded[1:].reshape(height, stride)[:, :width] = mask
-    changes = np.zeros(-(-size // 8) * 8, bool)
-    np.not_equal(padded[1:], padded[:-1], out=changes[:size])
-    words = np.flatnonzero(changes.view(np.uint64))  # eight pixels at a time: few have a change
-    row, column = np.nonzero(changes.reshape(-1, 8)[words])
-    edges = words[row] * 8 + column
-    begin, end = edges[::2], edges[1::2]
-    y, x = np.divmod(begin, stride)
-    if len(begin) <= FEW_RUNS:
-        component = _connect(begin, end, stride)
+    begin, end = _flat_runs(mask.reshape(-1))
+    width = mask.shape[1]
+    y, last = begin // width, (end - 1) // width
+    if (last > y).any():  # a run went on in the next row
+        rows = last - y + 1
+        y = np.repeat(y - np.cumsum(rows) + rows, rows) + np.arange(rows.sum())
+        begin = np.maximum(np.repeat(begin, rows), y * width)
+        end = np.minimum(np.repeat(end, rows), (y + 1) * width)
+    x, length = begin - y * width, end - begin
+    if len(x) <= FEW_RUNS:
+        # With an empty column after the last, no run touches one of the next row's beginning.
+        component = _connect(begin + y, end + y, width + 1)
     else:
-        index = cv2.connectedComponents(mask, connectivity=8, ltype=cv2.CV_32S)[1]
-        component = np.take(index, begin - y).astype(np.int64) - 1
-    return _Runs(component, x, y, end - begin)
+        band = slice(y[0], y[-1] + 1)
+        index = cv2.connectedComponents(mask[band], connectivity=8, ltype=cv2.CV_32S)[1]
+        component = np.take(index, begin - y[0] * width).astype(np.int64) - 1
+    return _Runs(component, x, y, length)
+
+
+def _flat_runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the runs of set pixels in (n,) begin, and end (exclusive)."""
+    whole = len(mask) // 8
+    eights = mask[:8 * whole].view(np.uint64)
+    words = np.flatnonzero(eights != 0)
+    pixels = eights[words].view(np.uint8).reshape(-1, 8)
+    if mask[8 * whole:].any():
+        rest = np.zeros((1, 8), np.uint8)
+        rest[0, :len(mask) - 8 * whole] = mask[8 * whole:]
+        words, pixels = np.append(words, whole), np.concatenate([pixels, rest])
+    # Beside each pixel its neighbours: a word's first has one in the word before, if that is here.
+    neighbours = np.zeros((len(words), 10), np.uint8)
+    neighbours[:, 1:9] = pixels
+    adjacent = np.flatnonzero(np.diff(words) == 1)
+    neighbours[adjacent + 1, 0] = pixels[adjacent, 7]
+    neighbours[adjacent, 9] = pixels[adjacent + 1, 0]
+    begins = np.flatnonzero(neighbours[:, 1:9] > neighbours[:, :8])
+    ends = np.flatnonzero(neighbours[:, 1:9] > neighbours[:, 2:])
+    return words[begins >> 3] * 8 + (begins & 7), words[ends >> 3] * 8 + (ends & 7) + 1
 
 
 def _connect(begin: np.ndarray, end: np.ndarray, stride: int) -> np.ndarray:
@@ -210,9 +226,8 @@ def _connect(begin: np.ndarray, end: np.ndarray, stride: int) -> np.ndarray:
     return np.unique(root, return_inverse=True)[1]
 
 
-def _describe(components: np.ndarray, runs: _Runs, anomaly: np.ndarray,
-              origin_xy: tuple[int, int]) -> Iterator[Obstacle]:
-    """Yield an obstacle for each of ``components``; runs begin at ``origin_xy`` of the image."""
+def _describe(components: np.ndarray, runs: _Runs, anomaly: np.ndarray) -> Iterator[Obstacle]:
+    """Yield an obstacle for each of ``components``."""
     n = len(components)
     if not n:
         return
@@ -233,20 +248,19 @@ def _describe(components: np.ndarray, runs: _Runs, anomaly: np.ndarray,
     area = np.bincount(of, length, n)
     centre_x = np.bincount(of, (runs.x + (length - 1) / 2) * length, n) / area
     centre_y = np.bincount(of, runs.y * length, n) / area
-    places = _pixels(runs, anomaly.shape[1], origin_xy)
+    places = _pixels(runs, anomaly.shape[1])
     highest = np.maximum.reduceat(np.take(anomaly, places), np.cumsum(runs.length) - runs.length)
     peak = np.full(n, -np.inf, np.float32)
     np.maximum.at(peak, of, highest)
     for i in range(n):
-        yield Obstacle(int(left[i]) + origin_xy[0], int(top[i]) + origin_xy[1],
-                       int(right[i] - left[i]), int(bottom[i] - top[i]), int(area[i]),
-                       (float(centre_x[i]) + origin_xy[0], float(centre_y[i]) + origin_xy[1]),
-                       float(peak[i]))
+        yield Obstacle(int(left[i]), int(top[i]), int(right[i] - left[i]),
+                       int(bottom[i] - top[i]), int(area[i]),
+                       (float(centre_x[i]), float(centre_y[i])), float(peak[i]))
 
 
-def _pixels(runs: _Runs, width: int, origin_xy: tuple[int, int]) -> np.ndarray:
+def _pixels(runs: _Runs, width: int) -> np.ndarray:
     """Return the places of all pixels of ``runs`` in an image of ``width``, run after run."""
-    begin = (runs.y + origin_xy[1]) * width + runs.x + origin_xy[0]
+    begin = runs.y * width + runs.x
     before = np.cumsum(runs.length) - runs.length
     return np.arange(int(runs.length.sum())) + np.repeat(begin - before, runs.length)
 
