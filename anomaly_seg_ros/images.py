@@ -11,7 +11,6 @@ import array
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-import math
 import struct
 from typing import Any, Protocol
 
@@ -249,8 +248,8 @@ def decode_compressed(data: Any, image_format: str,
         The data's own signature decides how it is decoded.
     reduce_to_hw
         (height, width) that the network needs: a JPEG is then decoded at a half, a quarter or an
-        eighth of its size as long as it stays at least that large. Faster, but not the same
-        pixels as full decoding and later resizing.
+        eighth of its size as long as it stays at least that large and no part of a pixel is left
+        over. Faster, but not the same pixels as full decoding and later resizing.
     buffer
         Where simplejpeg is to put the pixels; the result is then valid until its next use.
 
@@ -342,14 +341,13 @@ def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None,
     factor = 1
     if reduce_to_hw is not None:
         for candidate in (2, 4, 8):
-            if all(math.ceil(full / candidate) >= need
+            if all(full % candidate == 0 and full // candidate >= need
                    for full, need in zip(size_hw, reduce_to_hw, strict=True)):
                 factor = candidate
     if _has_simplejpeg():
         import simplejpeg  # type: ignore[import-untyped,unused-ignore]
         try:
-            # libjpeg rounds a reduced size up.
-            decoded_hw = (-(-size_hw[0] // factor), -(-size_hw[1] // factor))
+            decoded_hw = (size_hw[0] // factor, size_hw[1] // factor)
             smallest = {} if factor == 1 else dict(zip(('min_height', 'min_width'), decoded_hw,
                                                        strict=True))
             pixels = simplejpeg.decode_jpeg(

@@ -87,7 +87,8 @@ class Pipeline:
         self._swapped = np.empty((0, 0, 3), np.uint8)
 
     def __call__(self, image: np.ndarray, channel_order: str = 'rgb',
-                 out: Mapping[str, np.ndarray] | None = None) -> Detection:
+                 out: Mapping[str, np.ndarray] | None = None,
+                 size_hw: tuple[int, int] | None = None) -> Detection:
         """
         Answer one frame.
 
@@ -98,8 +99,11 @@ class Pipeline:
         channel_order
             ``rgb`` or ``bgr``.
         out
-            Arrays (H, W) to write maps into, by the names and types in ``MAPS``. Only labels and
-            score that the network gives at (H, W) itself are not written there.
+            Arrays of the answer's size to write maps into, by the names and types in ``MAPS``.
+            Only labels and score that the network gives at that size itself are not written there.
+        size_hw
+            Size of the answer, where it is not that of the image because the image is a reduced
+            one of the camera's.
 
         Raises
         ------
@@ -124,8 +128,9 @@ class Pipeline:
             raise BadOutput(f'score {self.card.score!r} is not finite everywhere in this frame')
         clock.append(time.perf_counter())
 
-        maps = {**self._own_maps(image.shape[:2]), **(out or {})}
-        labels, anomaly = resize_output(output.labels, output.anomaly, image.shape[:2],
+        size_hw = size_hw or image.shape[:2]
+        maps = {**self._own_maps(size_hw), **(out or {})}
+        labels, anomaly = resize_output(output.labels, output.anomaly, size_hw,
                                         maps['labels'], maps['anomaly'])
         clock.append(time.perf_counter())
 

@@ -160,21 +160,30 @@ def test_jpeg_equals_opencv(picture: np.ndarray, strict: bool,
 
 @pytest.mark.parametrize('strict', [True, False])
 @pytest.mark.parametrize(('need_hw', 'shape', 'flag'), [
-    ((102, 151), (102, 151), cv2.IMREAD_REDUCED_COLOR_2),
-    ((103, 151), (203, 301), cv2.IMREAD_COLOR),
-    ((51, 76), (51, 76), cv2.IMREAD_REDUCED_COLOR_4),
-    ((1, 1), (26, 38), cv2.IMREAD_REDUCED_COLOR_8),
-    ((500, 500), (203, 301), cv2.IMREAD_COLOR),
+    ((100, 148), (100, 148), cv2.IMREAD_REDUCED_COLOR_2),
+    ((101, 148), (200, 296), cv2.IMREAD_COLOR),
+    ((50, 74), (50, 74), cv2.IMREAD_REDUCED_COLOR_4),
+    ((1, 1), (25, 37), cv2.IMREAD_REDUCED_COLOR_8),
+    ((500, 500), (200, 296), cv2.IMREAD_COLOR),
 ])
 def test_reduced_jpeg_is_never_smaller_than_needed(
         picture: np.ndarray, need_hw: tuple[int, int], shape: tuple[int, int], flag: int,
         strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     use_strict(monkeypatch, strict)
-    data = encode(picture, '.jpg')
+    data = encode(picture[:200, :296], '.jpg')
     image = decode_compressed(data, 'jpeg', reduce_to_hw=need_hw)
     assert image.array.shape[:2] == shape
-    assert image.full_size_hw == (203, 301)
+    assert image.full_size_hw == (200, 296)
     np.testing.assert_array_equal(image.array, cv2.imdecode(np.frombuffer(data, np.uint8), flag))
+
+
+def test_a_jpeg_is_not_reduced_by_what_does_not_divide_its_size(picture: np.ndarray) -> None:
+    """A reduced pixel that reaches beyond the edge would shift all others."""
+    for size_hw, reduced_hw in (((203, 301), (203, 301)), ((202, 300), (101, 150)),
+                                ((202, 301), (202, 301)), ((200, 300), (50, 75))):
+        data = encode(np.ascontiguousarray(picture[:size_hw[0], :size_hw[1]]), '.jpg')
+        image = decode_compressed(data, 'jpeg', reduce_to_hw=(1, 1))
+        assert image.array.shape[:2] == reduced_hw and image.full_size_hw == size_hw
 
 
 def test_one_buffer_for_all_frames(picture: np.ndarray) -> None:

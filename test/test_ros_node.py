@@ -249,10 +249,10 @@ def test_every_frame_waits_in_a_bounded_queue(model: Path) -> None:
 
 def test_compressed_input_at_full_and_at_reduced_size(model: Path, pipeline: Pipeline) -> None:
     parameters = {**FAST, 'model': str(model), 'image_transport': 'compressed'}
-    frame = cv2.GaussianBlur(make_frame(1, (260, 520)), (0, 0), 2)
+    frame = cv2.GaussianBlur(make_frame(1, (256, 528)), (0, 0), 2)
     encoded = cv2.imencode('.jpg', frame[..., ::-1])[1].tobytes()
     decoded = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
-    with NodeRun(parameters, outputs=('labels', 'anomaly')) as run:
+    with NodeRun(parameters, outputs=('labels', 'anomaly', 'obstacle_mask', 'overlay')) as run:
         driver = Driver(run)
         for reduced in (False, True):
             assert driver.set_parameters(reduced_decode=reduced) == ''
@@ -260,14 +260,20 @@ def test_compressed_input_at_full_and_at_reduced_size(model: Path, pipeline: Pip
             run.client.publish(CompressedImage(header=make_header(stamp_ns), format='jpeg',
                                                data=encoded))
             driver.wait(lambda s=stamp_ns: s in run.client.complete(), what='answer')
-            anomaly = message_array(run.client.take(stamp_ns)['anomaly'])
-            expected = pipeline(decoded, 'bgr').anomaly
-            if not reduced:
-                np.testing.assert_array_equal(anomaly, expected)
-            else:  # a quarter of 520x260 is still as large as the network's 128x64
-                assert anomaly.shape == (65, 130)
-                small = cv2.resize(expected, (130, 65), interpolation=cv2.INTER_AREA)
-                assert np.abs(anomaly - small).mean() < 0.02
+            got = {name: message_array(message)
+                   for name, message in run.client.take(stamp_ns).items() if name != 'frame'}
+            assert {array.shape[:2] for array in got.values()} == {(256, 528)}
+            if reduced:  # a quarter of 528x256 is still as large as the network's 128x64
+                small = cv2.imdecode(np.frombuffer(encoded, np.uint8),
+                                     cv2.IMREAD_REDUCED_COLOR_4)
+                expected = pipeline(small, 'bgr', size_hw=(256, 528)).copy()
+                full = pipeline(decoded, 'bgr')
+                assert np.abs(expected.anomaly - full.anomaly).mean() < 0.02
+            else:
+                expected = pipeline(decoded, 'bgr').copy()
+            np.testing.assert_array_equal(got['anomaly'], expected.anomaly)
+            np.testing.assert_array_equal(got['labels'], expected.labels)
+            np.testing.assert_array_equal(got['obstacle_mask'], expected.mask)
 
 
 def test_lifecycle_by_hand(model: Path, pipeline: Pipeline) -> None:

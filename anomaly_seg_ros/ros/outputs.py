@@ -148,8 +148,12 @@ class Outputs:
                 np.copyto(pixels, result)
 
     def _as_rgb(self, image: DecodedImage) -> np.ndarray:
-        if image.channel_order == 'rgb':
-            return image.array
-        if self._rgb.shape != image.array.shape:
-            self._rgb = np.empty(image.array.shape, np.uint8)
-        return cv2.cvtColor(image.array, cv2.COLOR_BGR2RGB, dst=self._rgb)
+        """Return the picture as RGB, at the camera's size after a reduced decode too."""
+        pixels = image.array
+        if image.channel_order == 'bgr':
+            if self._rgb.shape != pixels.shape:
+                self._rgb = np.empty(pixels.shape, np.uint8)
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=self._rgb)
+        if pixels.shape[:2] == image.full_size_hw:
+            return pixels
+        return cv2.resize(pixels, image.full_size_hw[::-1], interpolation=cv2.INTER_LINEAR)

@@ -70,8 +70,8 @@ class NodeParameters:
         'sensor_msgs/CompressedImage.', UNCONFIGURED, choices=('raw', 'compressed'))
     reduced_decode: bool = _parameter(
         False, 'Decode JPEG at a half, a quarter or an eighth where the network still is no '
-        'larger. Faster; the outputs then have the reduced size, and ~/output/camera_info with '
-        'them.')
+        'larger and the size divides evenly. Faster; the outputs keep the size of the camera, '
+        'but the network sees slightly other pixels than after a full decode.')
     input_reliability: str = _parameter(
         'best_effort', 'QoS of ~/input/image. best_effort receives from every publisher.',
         UNCONFIGURED, choices=('best_effort', 'reliable'))

@@ -8,9 +8,7 @@ import time
 import traceback
 from typing import Any
 
-from anomaly_seg_ros.images import BadImage, DecodedImage, FrameBuffer
-from anomaly_seg_ros.model_file import ModelCard
-from anomaly_seg_ros.obstacles import ObstacleSettings
+from anomaly_seg_ros.images import BadImage, FrameBuffer
 from anomaly_seg_ros.pipeline import BadOutput, Detection
 from anomaly_seg_ros.quality import QualityChecker
 from anomaly_seg_ros.ros.conversions import read_image
@@ -205,15 +203,17 @@ class Worker:
         header = arrival.message.header
         pipeline = self._model.pipeline
         clock = [time.perf_counter()]
-        image = read_image(arrival.message, pipeline.card.input_size_hw
-                           if parameters.reduced_decode else None, self._frame_buffer)
+        reduce = parameters.reduced_decode and pipeline.card.input_variant == 'host'
+        image = read_image(arrival.message, pipeline.card.input_size_hw if reduce else None,
+                           self._frame_buffer)
         clock.append(time.perf_counter())
         flags = self._quality(image.array) if parameters.quality_checks else ()
         clock.append(time.perf_counter())
 
-        pipeline.settings = _settings(parameters, pipeline.card, image)
+        pipeline.settings = parameters.obstacle_settings(pipeline.card)
+        size_hw = image.full_size_hw
         detection = pipeline(image.array, image.channel_order,
-                             out=self._outputs.maps(image.array.shape[:2], wanted))
+                             self._outputs.maps(size_hw, wanted), size_hw)
         distrusted = parameters.fallback_mask and not set(flags).isdisjoint(
             parameters.fallback_flags)
         if distrusted:
@@ -228,7 +228,7 @@ class Worker:
                 self._monitor.event('fallback_masks')
             convert_ms, publish_ms = self._outputs.publish(
                 header, image, detection, pipeline.card, parameters.overlay_opacity, wanted)
-            self._size_hw = detection.mask.shape
+            self._size_hw = size_hw
             stages_ms = {
                 'wait': (clock[0] - arrival.arrived_s) * 1e3,
                 'decode': (clock[1] - clock[0]) * 1e3, 'quality': (clock[2] - clock[1]) * 1e3,
@@ -248,17 +248,6 @@ class Worker:
         self._monitor.dropped(cause, error)
         if self.parameters.fallback_mask:
             self.publish_fallback(arrival.message.header)
-
-
-def _settings(parameters: NodeParameters, card: ModelCard,
-              image: DecodedImage) -> ObstacleSettings:
-    """Return the obstacle settings; areas are in camera pixels, also after a reduced decode."""
-    settings = parameters.obstacle_settings(card)
-    height, width = image.array.shape[:2]
-    part = height * width / (image.full_size_hw[0] * image.full_size_hw[1])
-    if part == 1:
-        return settings
-    return replace(settings, minimum_area_px=max(1, round(settings.minimum_area_px * part)))
 
 
 def _all_obstacle(detection: Detection) -> Detection:
