@@ -132,7 +132,8 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, d
     """
     import onnxruntime
 
-    bare, logits_name = _bare_graph(model)
+    bare, logits_names = _bare_graph(model)
+    names = [logits_names] if isinstance(logits_names, str) else logits_names
     session = onnxruntime.InferenceSession(bare.SerializeToString(),
                                            providers=['CPUExecutionProvider'])
     preprocess = Preprocessor(model.card)
@@ -142,7 +143,8 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, d
         if frame.labels is None:
             raise UserError(f'frame {frame.frame_id} has no labels, which the temperature is '
                             'fitted on; choose a labelled data set or --temperature keep')
-        raw = session.run([logits_name], {'image': preprocess(frame.image_rgb)})[0][0]
+        raw = _planes(session.run(names, {'image': preprocess(frame.image_rgb)}),
+                      model.card.output_size_hw)
         truth = cv2.resize(frame.labels, raw.shape[:0:-1], interpolation=cv2.INTER_NEAREST_EXACT)
         chosen = _draw(rng, np.flatnonzero(truth.ravel() != UNLABELLED))
         logits.append(raw.reshape(len(raw), -1)[:, chosen].T.astype(np.float64))
@@ -199,16 +201,29 @@ def with_temperature(model: ModelFile, temperature: float) -> ModelFile:
     """Return the model with its score computed from logits divided by ``temperature``."""
     from anomaly_seg_ros.export_onnx import append_head, OnnxExportRequest
 
-    bare, logits_name = _bare_graph(model)
+    bare, logits_names = _bare_graph(model)
     card = replace(model.card, temperature=temperature)
-    append_head(bare, logits_name, OnnxExportRequest(
+    append_head(bare, logits_names, OnnxExportRequest(
         weights=model.path, classes=card.classes, score=card.score, temperature=temperature),
         card.input_size_hw, card.output_size_hw)
     return ModelFile(model.path, '', card, seal_model(bare.SerializeToString(), card))
 
 
-def _bare_graph(model: ModelFile) -> tuple[Any, str]:
-    """Return the graph with its logits as the only output, and their name."""
+def _planes(logits: Sequence[np.ndarray], size_hw: tuple[int, ...]) -> np.ndarray:
+    """Return (C, h, w) of what the tensors of ``_bare_graph`` hold."""
+    if logits[0].ndim == 4:
+        return np.asarray(logits[0][0])
+    height, width = size_hw
+    rows = [x.reshape(height // len(logits), width, -1) for x in logits]
+    return np.stack(rows, 1).reshape(height, width, -1).transpose(2, 0, 1)
+
+
+def _bare_graph(model: ModelFile) -> tuple[Any, str | list[str]]:
+    """
+    Return the graph with its logits as the only outputs, and their name or names.
+
+    One tensor (1, C, h, w), or those of ``LogitsHead``: r of (P, C), every r-th row each.
+    """
     from anomaly_seg_ros.export_onnx import SCORES
     import onnx
 
@@ -218,18 +233,23 @@ def _bare_graph(model: ModelFile) -> tuple[Any, str]:
                         f'{model.card.input_variant} model with {model.card.score}. Export it '
                         'again with --temperature, or use --temperature keep.')
     graph = onnx.load_model_from_string(model.data)
-    arg_max = [node for node in graph.graph.node if node.op_type == 'ArgMax']
-    if len(arg_max) != 1:
-        raise UserError(f'{model.path}: expected one ArgMax over the logits, found '
-                        f'{len(arg_max)}. Use --temperature keep.')
+    inferred = onnx.shape_inference.infer_shapes(graph).graph
+    ranks = {x.name: len(x.type.tensor_type.shape.dim) for x in inferred.value_info}
+    logits = [str(node.input[0]) for node in graph.graph.node if node.op_type == 'ArgMax']
+    planes = [ranks.get(name) for name in logits] == [4]
+    rows = bool(logits) and all(ranks.get(name) == 2 for name in logits)
+    if not planes and not rows:
+        raise UserError(f'{model.path}: the logits cannot be found in this graph: expected ArgMax '
+                        'over one tensor (1, C, h, w), or over rows of pixels, found '
+                        f'{len(logits)}. Use --temperature keep.')
     del graph.graph.output[:]
-    graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(arg_max[0].input[0]))
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(x) for x in logits)
     for name in ('labels', 'anomaly'):  # these names are given anew
         for node in graph.graph.node:
             for index, output in enumerate(node.output):
                 if output == name:
                     node.output[index] = f'previous_{name}'
-    return graph, str(arg_max[0].input[0])
+    return graph, logits[0] if planes else logits
 
 
 def _choose_threshold(model: ModelFile, frames: Iterator[Frame], request: CalibrationRequest,

@@ -301,9 +301,24 @@ def _run_logits(model: Any, logits: str, inputs: Sequence[np.ndarray],
     return [np.asarray(x[0][keep]) for x in outputs]
 
 
-def append_head(model: Any, logits: str, request: OnnxExportRequest, size_hw: tuple[int, int],
-                output_hw: tuple[int, ...]) -> None:
-    """Add labels and anomaly behind the logits and make them the only outputs."""
+def append_head(model: Any, logits: str | Sequence[str], request: OnnxExportRequest,
+                size_hw: tuple[int, int], output_hw: tuple[int, ...]) -> None:
+    """
+    Add labels and anomaly behind the logits and make them the only outputs.
+
+    Parameters
+    ----------
+    model
+        The graph.
+    logits
+        The tensor that holds them, (1, C, h, w); or r tensors (P, C), the pixels of every r-th
+        row of the output.
+    request
+        Score, temperature, classes, void and upsampling.
+    size_hw, output_hw
+        Size of the network's input, and of the answer.
+
+    """
     from onnx import helper, numpy_helper, TensorProto
 
     graph, opset = model.graph, _opset(model)
@@ -326,47 +341,59 @@ def append_head(model: Any, logits: str, request: OnnxExportRequest, size_hw: tu
     def total(x: str) -> str:
         return add('ReduceSum', x, constant([1], np.int64), keepdims=0)
 
-    x = add('Cast', logits, to=TensorProto.FLOAT)
-    if request.void_index is not None:
-        keep = [i for i in range(len(request.classes) + 1) if i != request.void_index]
-        x = add('Gather', x, constant(keep, np.int64), axis=1)
-    if request.upsample:
-        sizes = constant([1, len(request.classes), *size_hw], np.int64)
-        x = add('Resize', x, '', '', sizes, mode='linear',
-                coordinate_transformation_mode='half_pixel')
-    index = add('ArgMax', x, axis=1, keepdims=0)
-    graph.node.append(helper.make_node('Cast', [index], ['labels'], to=TensorProto.UINT8))
-
     divide = request.temperature != 1.0
     temperature = constant(request.temperature)
-    if request.score == 'max_logit':
-        top = largest(x, 0)
-        score = add('Neg', add('Div', top, temperature) if divide else top)
-    else:
-        shifted = add('Sub', x, largest(x, 1))
-        if divide:
-            shifted = add('Div', shifted, temperature)
-        weights = add('Exp', shifted)
-        if request.score == 'energy':
-            sums = add('Mul', add('Log', total(weights)), temperature)
-            score = add('Neg', add('Add', largest(x, 0), sums))
+
+    def head(name: str) -> tuple[str, str]:
+        x = add('Cast', name, to=TensorProto.FLOAT)
+        if request.void_index is not None:
+            keep = [i for i in range(len(request.classes) + 1) if i != request.void_index]
+            x = add('Gather', x, constant(keep, np.int64), axis=1)
+        if request.upsample:
+            sizes = constant([1, len(request.classes), *size_hw], np.int64)
+            x = add('Resize', x, '', '', sizes, mode='linear',
+                    coordinate_transformation_mode='half_pixel')
+        labels = add('Cast', add('ArgMax', x, axis=1, keepdims=0), to=TensorProto.UINT8)
+        if request.score == 'max_logit':
+            top = largest(x, 0)
+            score = add('Neg', add('Div', top, temperature) if divide else top)
         else:
-            # The sum without one maximum, not (sum of all) - 1, keeps the digits of sure pixels.
-            below = add('Min', add('Mul', shifted, constant(-1e38)), constant(1.0))
-            rest = total(add('Mul', weights, below))
-            ties = add('Round', add('Sub', add('Sub', total(weights), constant(1.0)), rest))
-            rest = add('Add', rest, ties)
-            everything = add('Add', rest, constant(1.0))
-            if request.score == 'msp':
-                score = add('Div', rest, everything)
+            shifted = add('Sub', x, largest(x, 1))
+            if divide:
+                shifted = add('Div', shifted, temperature)
+            weights = add('Exp', shifted)
+            if request.score == 'energy':
+                sums = add('Mul', add('Log', total(weights)), temperature)
+                score = add('Neg', add('Add', largest(x, 0), sums))
             else:
-                # ln(1 + rest) to the last digit also where 1 + rest is rounded: Kahan's log1p.
-                rounded = add('Sub', everything, constant(1.0))
-                exact = add('Div', add('Mul', rest, add('Log', everything)), rounded)
-                log = add('Where', add('Equal', rounded, constant(0.0)), rest, exact)
-                mean = add('Div', total(add('Mul', weights, shifted)), everything)
-                score = add('Sub', log, mean)
-    graph.node.append(helper.make_node('Identity', [score], ['anomaly']))
+                # The sum without one maximum, not (sum of all) - 1: keeps sure pixels' digits.
+                below = add('Min', add('Mul', shifted, constant(-1e38)), constant(1.0))
+                rest = total(add('Mul', weights, below))
+                ties = add('Round', add('Sub', add('Sub', total(weights), constant(1.0)), rest))
+                rest = add('Add', rest, ties)
+                everything = add('Add', rest, constant(1.0))
+                if request.score == 'msp':
+                    score = add('Div', rest, everything)
+                else:
+                    # ln(1 + rest) to the last digit also where 1 + rest is rounded: Kahan's log1p.
+                    rounded = add('Sub', everything, constant(1.0))
+                    exact = add('Div', add('Mul', rest, add('Log', everything)), rounded)
+                    log = add('Where', add('Equal', rounded, constant(0.0)), rest, exact)
+                    mean = add('Div', total(add('Mul', weights, shifted)), everything)
+                    score = add('Sub', log, mean)
+        return labels, score
+
+    def join(parts: Sequence[str]) -> str:
+        if isinstance(logits, str):
+            return parts[0]
+        height, width = output_hw
+        shape = constant([height // len(parts), 1, width], np.int64)
+        rows = add('Concat', *(add('Reshape', part, shape) for part in parts), axis=1)
+        return add('Reshape', rows, constant([1, height, width], np.int64))
+
+    answers = [head(name) for name in ([logits] if isinstance(logits, str) else logits)]
+    for output, parts in zip(('labels', 'anomaly'), zip(*answers, strict=True), strict=True):
+        graph.node.append(helper.make_node('Identity', [join(parts)], [output]))
     del graph.output[:]
     shape = [1, *output_hw]
     graph.output.extend([

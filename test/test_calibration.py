@@ -6,18 +6,23 @@ from pathlib import Path
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.calibration import (
-    calibrate, CalibrationRequest, minimise_nll, negative_log_likelihood, with_temperature)
+    _bare_graph, _planes, calibrate, CalibrationRequest, minimise_nll, negative_log_likelihood,
+    with_temperature)
 from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export_onnx import reference_answer
-from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.export_onnx import append_head, OnnxExportRequest, reference_answer
+from anomaly_seg_ros.model_file import load_model_file, ModelFile, write_model_file
 from anomaly_seg_ros.pipeline import Pipeline
+import cards
 import cv2
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from scipy.optimize import minimize_scalar
+from small_network import small_model  # noqa: F401
 
 
 class Labelled(FrameSource):
@@ -70,20 +75,38 @@ def test_likelihood_is_the_definition() -> None:
         -np.log([p[0, 2], p[1, 0]]).mean(), rel=1e-12)
 
 
+def planes_model(path: Path) -> ModelFile:
+    """Write a model whose head works on planes (1, C, h, w), as heads for any ONNX graph do."""
+    graph = cards.identity_graph((64, 128))
+    del graph.graph.node[:]
+    graph.graph.node.append(onnx.helper.make_node('Mul', ['image', 'image'], ['logits']))
+    card = cards.card((64, 128))
+    append_head(graph, 'logits', OnnxExportRequest(path, classes=card.classes, score='max_logit'),
+                (64, 128), (64, 128))
+    write_model_file(path, graph.SerializeToString(), card)
+    return load_model_file(path)
+
+
+@pytest.mark.parametrize('kind', ['sub-pixel rows', 'rows', 'planes'])
 @pytest.mark.parametrize('score', ['msp', 'entropy', 'energy', 'max_logit'])
-def test_score_at_another_temperature_is_the_formula(tiny_model: Path, score: str) -> None:
+def test_score_at_another_temperature_is_the_formula(
+        tiny_model: Path, small_model: Path, tmp_path: Path,  # noqa: F811
+        score: str, kind: str) -> None:
     """The rebuilt head gives the float64 score of logits / T, and the labels do not change."""
-    model = load_model_file(tiny_model)
-    network_input = np.random.default_rng(2).random((1, 3, 64, 128), np.float32)
+    model = planes_model(tmp_path / 'planes.onnx') if kind == 'planes' else \
+        load_model_file(small_model if kind == 'rows' else tiny_model)
+    network_input = np.random.default_rng(2).random(
+        (1, 3, *model.card.input_size_hw), np.float32)
     with open_backend(model) as backend:
         before = backend.run(network_input)
     # max_logit at T = 1 is the exported model's score, so its logits can be read off a rebuilt
     # head; the logits themselves come from the graph before the head.
-    from anomaly_seg_ros.calibration import _bare_graph
-    import onnxruntime
-    bare, name = _bare_graph(model)
-    logits = onnxruntime.InferenceSession(bare.SerializeToString()).run(
-        [name], {'image': network_input})[0][0]
+    bare, names = _bare_graph(model)
+    assert isinstance(names, str) == (kind == 'planes')
+    assert isinstance(names, str) or len(names) == (1 if kind == 'rows' else 2)
+    logits = _planes(onnxruntime.InferenceSession(bare.SerializeToString()).run(
+        None, {'image': network_input}), before.labels.shape)
+    np.testing.assert_allclose(-logits.max(0), before.anomaly, rtol=1e-6)
     hotter = with_temperature(replace(model, card=replace(model.card, score=score)), 2.5)
     with open_backend(hotter) as backend:
         after = backend.run(network_input)
