@@ -120,7 +120,7 @@ def export_model(request: ExportRequest, output: Path | str,
         images = [_resize(image, request.frame_size_hw) for image in images]
     host_card = _draft_card(replace(request, input_variant='host', precision='fp32'), network)
     inputs = [Preprocessor(host_card)(image).copy() for image in images]
-    reference = run_torch(build_module(network, host_card), inputs)
+    reference = run_torch(build_module(network, host_card, plain=True), inputs)
     card = replace(
         _draft_card(request, network),
         output_size_hw=request.frame_size_hw if request.input_variant == 'device'

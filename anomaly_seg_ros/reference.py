@@ -15,14 +15,21 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build_module(network: LoadedNetwork, card: ModelCard) -> 'nn.Module':
-    """Return the PyTorch module that a card describes: precision, score, input variant."""
+def build_module(network: LoadedNetwork, card: ModelCard, *, plain: bool = False) -> 'nn.Module':
+    """
+    Return the PyTorch module that a card describes: precision, score, input variant.
+
+    ``plain`` takes a network's logits from its ``forward`` even where there is a faster way that
+    gives the same; exports are held against this one.
+    """
     import torch
 
     if card.precision == 'fp16':
         network = network.transformed(half_body)
     parameters = {name: int(value) for name, value in card.score_parameters.items()}
     fused = fuse(network, card.score, card.temperature, **parameters)
+    if plain:
+        fused.by_rows = False
     if card.input_variant == 'host':
         return fused
     with torch.inference_mode():
