@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import struct
 from typing import Any, Protocol
 
+from anomaly_seg_ros.memory import Memory
 import cv2
 import numpy as np
 
@@ -61,20 +62,6 @@ class DecodedImage:
         if self.channel_order == 'bgr':
             return cv2.cvtColor(self.array, cv2.COLOR_BGR2RGB)
         return np.ascontiguousarray(self.array)
-
-
-class FrameBuffer:
-    """Memory for a decoded frame, made anew only when the size changes."""
-
-    def __init__(self) -> None:
-        """Begin empty."""
-        self._array = np.empty((0, 0, 3), np.uint8)
-
-    def array(self, size_hw: tuple[int, int]) -> np.ndarray:
-        """Return uint8 (H, W, 3), of any content."""
-        if self._array.shape[:2] != size_hw:
-            self._array = np.empty((*size_hw, 3), np.uint8)
-        return self._array
 
 
 @dataclass(frozen=True)
@@ -175,7 +162,7 @@ def message_array(message: ImageMessage) -> np.ndarray:
     return np.ndarray(shape, dtype, buffer=raw, strides=strides)
 
 
-def image_from_message(message: ImageMessage, buffer: FrameBuffer | None = None) -> DecodedImage:
+def image_from_message(message: ImageMessage, buffer: Memory | None = None) -> DecodedImage:
     """
     Read a camera image from a message.
 
@@ -206,7 +193,7 @@ def image_from_message(message: ImageMessage, buffer: FrameBuffer | None = None)
     elif layout.dtype == 'u2':
         pixels = pixels.astype(np.uint16)
     if layout.to_rgb:
-        into = None if buffer is None or pixels.dtype != np.uint8 else buffer.array(size_hw)
+        into = None if buffer is None or pixels.dtype != np.uint8 else buffer.array((*size_hw, 3))
         pixels = cv2.cvtColor(pixels, getattr(cv2, layout.to_rgb), dst=into)
     if pixels.dtype == np.uint16:
         pixels = (pixels // 257).astype(np.uint8)
@@ -230,7 +217,7 @@ def mask_from_message(message: ImageMessage) -> np.ndarray:
 
 def decode_compressed(data: Any, image_format: str,
                       reduce_to_hw: tuple[int, int] | None = None,
-                      buffer: FrameBuffer | None = None) -> DecodedImage:
+                      buffer: Memory | None = None) -> DecodedImage:
     """
     Decode the data of a sensor_msgs/msg/CompressedImage, wholly or not at all.
 
@@ -336,7 +323,7 @@ def message_data(pixels: np.ndarray) -> 'array.array[int]':
 
 
 def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None,
-                 buffer: FrameBuffer | None) -> DecodedImage:
+                 buffer: Memory | None) -> DecodedImage:
     size_hw = _jpeg_size_hw(encoded)
     factor = 1
     if reduce_to_hw is not None:
@@ -352,7 +339,7 @@ def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None,
                                                        strict=True))
             pixels = simplejpeg.decode_jpeg(
                 encoded, 'BGR', min_factor=factor, **smallest,
-                buffer=None if buffer is None else buffer.array(decoded_hw))
+                buffer=None if buffer is None else buffer.array((*decoded_hw, 3)))
         except ValueError as error:
             raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}). '
                            'Check the publisher or the recording.') from error

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import time
 
 from anomaly_seg_ros.backends.base import Backend
+from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.obstacles import find_obstacles, Obstacle, ObstacleSettings
 from anomaly_seg_ros.preprocess import check_image, Preprocessor
 import cv2
@@ -82,8 +83,7 @@ class Pipeline:
         self._backend = backend
         self._preprocess = (Preprocessor(self.card, out=backend.input_buffer)
                             if self.card.input_variant == 'host' else None)
-        self._maps: dict[str, np.ndarray] = {name: np.empty((0, 0), dtype)
-                                             for name, dtype in MAPS.items()}
+        self._maps = {name: Memory(dtype) for name, dtype in MAPS.items()}
         self._swapped = np.empty((0, 0, 3), np.uint8)
 
     def __call__(self, image: np.ndarray, channel_order: str = 'rgb',
@@ -129,7 +129,8 @@ class Pipeline:
         clock.append(time.perf_counter())
 
         size_hw = size_hw or image.shape[:2]
-        maps = {**self._own_maps(size_hw), **(out or {})}
+        maps = {name: out[name] if out and name in out else own.array(size_hw)
+                for name, own in self._maps.items()}
         labels, anomaly = resize_output(output.labels, output.anomaly, size_hw,
                                         maps['labels'], maps['anomaly'])
         clock.append(time.perf_counter())
@@ -161,12 +162,6 @@ class Pipeline:
         if self._swapped.shape != image.shape:
             self._swapped = np.empty(image.shape, np.uint8)
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=self._swapped)
-
-    def _own_maps(self, size_hw: tuple[int, int]) -> Mapping[str, np.ndarray]:
-        for name, own in self._maps.items():
-            if own.shape != size_hw:
-                self._maps[name] = np.empty(size_hw, own.dtype)
-        return self._maps
 
 
 def resize_output(labels: np.ndarray, anomaly: np.ndarray, size_hw: tuple[int, int],

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 from anomaly_seg_ros import images
 from anomaly_seg_ros.images import (
-    BadImage, decode_compressed, encoded_size_hw, ENCODINGS, FrameBuffer, image_from_message,
+    BadImage, decode_compressed, encoded_size_hw, ENCODINGS, image_from_message,
     mask_from_message, message_array, message_data)
+from anomaly_seg_ros.memory import Memory
 import cv2
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_a_jpeg_is_not_reduced_by_what_does_not_divide_its_size(picture: np.ndar
 def test_one_buffer_for_all_frames(picture: np.ndarray) -> None:
     """Whatever came before, frames of one size land in the same memory, with the same pixels."""
     pytest.importorskip('simplejpeg')
-    buffer = FrameBuffer()
+    buffer = Memory(np.uint8)
     for seed, size_hw in enumerate([(203, 301), (64, 48), (64, 48)]):
         data = encode(np.ascontiguousarray(np.rot90(picture, seed)[:size_hw[0], :size_hw[1]]),
                       '.jpg')
@@ -197,12 +198,12 @@ def test_one_buffer_for_all_frames(picture: np.ndarray) -> None:
             image = decode_compressed(data, 'jpeg', need_hw, buffer)
             np.testing.assert_array_equal(image.array,
                                           decode_compressed(data, 'jpeg', need_hw).array)
-            assert np.shares_memory(image.array, buffer.array(image.array.shape[:2]))
+            assert np.shares_memory(image.array, buffer.array(image.array.shape))
     for encoding in ('yuyv', 'bayer_rggb8', 'rgba8', 'mono8', 'mono16'):
         message = make_message(encoding, seed=3)
         image = image_from_message(message, buffer)
         np.testing.assert_array_equal(image.array, image_from_message(message).array)
-        assert np.shares_memory(image.array, buffer.array((12, 16)))
+        assert np.shares_memory(image.array, buffer.array((12, 16, 3)))
 
 
 @pytest.mark.parametrize('strict', [True, False])

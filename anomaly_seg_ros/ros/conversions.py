@@ -7,8 +7,8 @@ import copy
 from typing import Any
 
 from anomaly_seg_ros.classes import UNLABELLED
-from anomaly_seg_ros.images import (
-    decode_compressed, DecodedImage, FrameBuffer, image_from_message)
+from anomaly_seg_ros.images import decode_compressed, DecodedImage, image_from_message
+from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.model_file import ModelCard
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 import numpy as np
@@ -22,7 +22,7 @@ def stamp_to_ns(header: Header) -> int:
 
 
 def read_image(message: Any, reduce_to_hw: tuple[int, int] | None = None,
-               buffer: FrameBuffer | None = None) -> DecodedImage:
+               buffer: Memory | None = None) -> DecodedImage:
     """
     Read a sensor_msgs Image or CompressedImage; raises BadImage.
 

@@ -8,7 +8,8 @@ import time
 import traceback
 from typing import Any
 
-from anomaly_seg_ros.images import BadImage, FrameBuffer
+from anomaly_seg_ros.images import BadImage
+from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.pipeline import BadOutput, Detection
 from anomaly_seg_ros.quality import QualityChecker
 from anomaly_seg_ros.ros.conversions import read_image
@@ -88,7 +89,7 @@ class Worker:
         self._log_error = log_error
         self._on_swapped = on_swapped
         self._quality = QualityChecker()
-        self._frame_buffer = FrameBuffer()
+        self._frame_buffer = Memory(np.uint8)
         self._activation = 0
         self._active = False
         self._stopped = False
