@@ -9,6 +9,7 @@ so that a GPU takes the camera's frame as it is and gives answers at its size.
 
 from collections.abc import Sequence
 from copy import deepcopy
+import time
 from typing import Any, TYPE_CHECKING
 
 from anomaly_seg_ros.errors import UserError
@@ -141,11 +142,26 @@ def nearest_taps(old: int, new: int) -> np.ndarray:
     return cv2.resize(index, (new, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].astype(np.int64)
 
 
-def check_half(module: 'nn.Module', inputs: Sequence['Tensor']) -> float:
+def check_half(module: 'nn.Module', inputs: Sequence['Tensor'],
+               seconds: float = np.inf) -> tuple[float, list[Any]]:
     """
     Run a module with a float16 body and find overflow.
 
-    Returns the largest finite magnitude that any layer gave, of which float16 holds 65504.
+    Parameters
+    ----------
+    module
+        Gives a tuple of tensors.
+    inputs
+        What to run it on.
+    seconds
+        After this time no further input is begun, but for the second one: processors without
+        float16 arithmetic take a minute for what others do in a second.
+
+    Returns
+    -------
+    largest, outputs
+        The largest finite magnitude that any layer gave, of which float16 holds 65504, and what
+        the module gave for each input that was run.
 
     Raises
     ------
@@ -170,12 +186,16 @@ def check_half(module: 'nn.Module', inputs: Sequence['Tensor']) -> float:
                         bad.append(name)
         return hook
 
+    outputs: list[Any] = []
+    began = time.monotonic()
     handles = [layer.register_forward_hook(watch(name)) for name, layer in module.named_modules()
                if name]
     try:
         with torch.inference_mode():
             for network_input in inputs:
-                module(network_input)
+                if len(outputs) >= 2 and time.monotonic() - began > seconds:
+                    break
+                outputs.append(module(network_input))
                 if bad:
                     raise UserError(
                         f'float16 overflows: layer {bad[0]!r} gives infinity or NaN on a check '
@@ -184,4 +204,4 @@ def check_half(module: 'nn.Module', inputs: Sequence['Tensor']) -> float:
     finally:
         for handle in handles:
             handle.remove()
-    return largest
+    return largest, outputs

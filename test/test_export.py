@@ -11,7 +11,8 @@ from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.files import sha256_file
-from anomaly_seg_ros.graph_variants import bilinear_taps, nearest_taps
+from anomaly_seg_ros.fused import fuse
+from anomaly_seg_ros.graph_variants import bilinear_taps, check_half, half_body, nearest_taps
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.parity import compare, Difference, LIMITS, Limits
 from anomaly_seg_ros.pipeline import Pipeline
@@ -192,6 +193,20 @@ def labelled_frames(count: int = 3) -> list[Frame]:
         mask = (score > np.quantile(score, 0.9)).astype(np.uint8)
         made.append(Frame(str(index), image, mask, labels))
     return made
+
+
+def test_float16_is_checked_on_fewer_frames_where_it_is_slow(
+        small_weights: Path) -> None:  # noqa: F811
+    """Once its time is over, but on two at the least; the outputs are those of the module."""
+    module = fuse(small_network.load('small', small_weights).transformed(half_body), 'max_logit',
+                  1.0)
+    inputs = [torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(k))
+              for k in range(4)]
+    for seconds, count in ((0.0, 2), (60.0, 4)):
+        largest, outputs = check_half(module, inputs, seconds)
+        assert len(outputs) == count and largest > 0
+        with torch.inference_mode():
+            torch.testing.assert_close(outputs[1][1], module(inputs[1])[1])
 
 
 def test_int8_is_gated_by_the_metrics(
