@@ -179,6 +179,7 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
                         'on the machine with the GPU that it is for.')
     import tensorrt as trt
 
+    refuse_cpu_int8(model)
     output = Path(output)
     gpu = describe_gpu(settings.device)
     log = make_logger(trt)
@@ -255,6 +256,15 @@ def check_engine(engine: Engine, model: ModelFile, tensorrt_version: str, gpu: G
         raise UserError(f'{engine.path}: this engine is stale or of another machine: '
                         f'{"; ".join(differences)}. Rebuild it here: '
                         f'"{build_command(onnx, engine.path)}".')
+
+
+def refuse_cpu_int8(model: ModelFile) -> None:
+    """Raise UserError if a model was quantised for something else than TensorRT."""
+    target = model.card.parity.get('int8', {}).get('target', 'tensorrt')
+    if target != 'tensorrt':
+        raise UserError(f'{model.path}: this int8 file is made for {target}, with uint8 '
+                        'activations, which TensorRT does not run. Export it with --int8-for '
+                        'tensorrt.')
 
 
 def tensorrt_graph(data: bytes) -> bytes:

@@ -21,6 +21,7 @@ from anomaly_seg_ros.parity import compare, Difference, LIMITS
 from anomaly_seg_ros.pipeline import resize_output
 from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
+from anomaly_seg_ros.quantize import check_drop, quantize, TARGETS
 from anomaly_seg_ros.reference import build_module, run_torch
 from anomaly_seg_ros.scores import score_function
 import cv2
@@ -65,6 +66,8 @@ class ExportRequest:
         Name of the model for people; default: network and score.
     maximum_drop
         For ``int8``: by how much average precision and mean IoU may fall, as fractions.
+    int8_for
+        For ``int8``: what the file is best for, one of ``quantize.TARGETS``.
 
     """
 
@@ -81,6 +84,7 @@ class ExportRequest:
     score_range: tuple[float, float] | None = None
     name: str | None = None
     maximum_drop: float = 0.02
+    int8_for: str = 'onnxruntime'
 
 
 def export_model(request: ExportRequest, output: Path | str,
@@ -143,9 +147,8 @@ def export_model(request: ExportRequest, output: Path | str,
                      for x in reference]
     graph = to_onnx(module, torch.from_numpy(inputs[0]))
     if request.precision == 'int8':
-        from anomaly_seg_ros.quantize import check_drop, quantize
-
-        float_graph, graph = graph, quantize(graph, card, frames)
+        float_graph = graph
+        graph, parity['int8'] = quantize(graph, card, frames, request.int8_for)
         parity['drop'] = check_drop(float_graph, graph, card, gate or (), request.maximum_drop)
     difference = check_graph(graph, card, inputs, reference)
     card = replace(card, parity={**parity, 'backend': 'onnxruntime cpu', **difference.as_card()})
@@ -248,6 +251,9 @@ def _check_request(request: ExportRequest, frames: Iterable[np.ndarray] | None,
             raise UserError('a device graph is made for one camera: give --frame-size HxW')
         if request.precision == 'int8':
             raise UserError('int8 is made as a host graph only; choose --input-variant host')
+    if request.int8_for not in TARGETS:
+        raise UserError(f'int8 is made for one of {", ".join(TARGETS)}, not for '
+                        f'{request.int8_for!r}')
     if request.precision == 'int8' and (frames is None or not gate):
         raise UserError('int8 is calibrated on frames of your camera and kept only if the metrics '
                         'hold: give --frames, and --gate-dataset with --gate-root')

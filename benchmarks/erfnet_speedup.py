@@ -3,34 +3,41 @@
 """
 From a 2048x1024 frame to labels, score and mask at its size: this package beside plain PyTorch.
 
-ERFNet with max_logit at 1024x512. "PyTorch" is what one writes first: eager network, logits
-upsampled to the frame, argmax and maximum in numpy, threshold. All ways take turns on the same
-frames in one process, so that other work on the machine slows all of them alike; the speed-up is
-the ratio of the median times.
+ERFNet with max_logit at 1024x512, in float32 and, where the real data are, in int8. "PyTorch" is
+what one writes first: eager network, logits upsampled to the frame, argmax and maximum in numpy,
+threshold. All ways take turns on the same frames in one process, so that other work on the machine
+slows all of them alike; the speed-up is the ratio of the median times.
 
 python benchmarks/erfnet_speedup.py --threads 2 --frames 20
 """
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import product
 import os
 from pathlib import Path
 import sys
 import tempfile
 import time
+from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import Pipeline, STAGES
-from backends import write_table
+from backends import calibration_images, Gate, write_table
 import cv2
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME_HW, INPUT_HW = (1024, 2048), (512, 1024)
-TARGETS = {'onnxruntime cpu': 5.0, 'openvino speed': 7.0}
+TARGETS = {'onnxruntime cpu': 5.0, 'openvino speed': 7.0}  # of the fastest precision
+WAYS: dict[str, dict[str, Any]] = {
+    'onnxruntime cpu': {'name': 'cpu'},
+    'openvino speed': {'name': 'openvino', 'precision': 'speed'}}
 REST_MS = 8.0
 Answer = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -92,17 +99,23 @@ def main() -> int:
         weights = arguments.data / 'weights/erfnet_cityscapes_20ch.pth'
         if not weights.exists():
             weights = random_weights(Path(name))
-        path = Path(name) / 'erfnet.onnx'
-        card = export_model(ExportRequest('erfnet', weights, input_size_hw=INPUT_HW), path,
-                            frames[:2])
-        model = load_model_file(path)
-        with open_backend(model, 'cpu', threads=arguments.threads) as cpu, \
-                open_backend(model, 'openvino', threads=arguments.threads,
-                             precision='speed') as openvino:
-            settings = ObstacleSettings(card.threshold)
-            pipelines = {'onnxruntime cpu': Pipeline(cpu, settings),
-                         'openvino speed': Pipeline(openvino, settings)}
-            return report(frames, arguments, pipelines, plain_pytorch(weights, card.threshold))
+        request = ExportRequest('erfnet', weights, input_size_hw=INPUT_HW)
+        int8 = (arguments.data / 'anomaly').is_dir()
+        with ExitStack() as stack:
+            pipelines = {}
+            for precision, way in product(['fp32', 'int8'] if int8 else ['fp32'], WAYS):
+                path = Path(name) / f'{precision}_{way}.onnx'
+                if precision == 'int8':
+                    export_model(replace(request, precision='int8', int8_for=way.split()[0]), path,
+                                 calibration_images(arguments.data), Gate(arguments.data))
+                else:
+                    export_model(request, path, frames[:2])
+                model = load_model_file(path)
+                threshold = model.card.threshold
+                backend = stack.enter_context(open_backend(
+                    model, threads=arguments.threads, **WAYS[way]))
+                pipelines[f'{precision} {way}'] = Pipeline(backend, ObstacleSettings(threshold))
+            return report(frames, arguments, pipelines, plain_pytorch(weights, threshold))
 
 
 def report(frames: list[np.ndarray], arguments: argparse.Namespace,
@@ -132,26 +145,31 @@ def report(frames: list[np.ndarray], arguments: argparse.Namespace,
             for name, seconds in taken.items():
                 times[name].append(seconds * 1e3)
     base = float(np.median(times['PyTorch']))
-    missed = 0
     lines = [f'{arguments.threads} threads, {arguments.frames} frames of 2048x1024, ms',
-             f'{"":16} {"p50":>8} {"p99":>8} {"speed-up":>9} {"all but run":>12}  stages']
+             f'{"":21} {"p50":>8} {"p99":>8} {"speed-up":>9} {"all but run":>12}  stages']
+    best = dict.fromkeys(TARGETS, 0.0)
+    rest_ms = 0.0
     for name, values in times.items():
         p50, p99 = (float(v) for v in np.percentile(values, (50, 99)))
-        line = f'{name:16} {p50:8.1f} {p99:8.1f} {base / p50:9.2f}'
+        line = f'{name:21} {p50:8.1f} {p99:8.1f} {base / p50:9.2f}'
         if name in rest:
             others = float(np.median(rest[name]))
             medians = np.median(stages[name], 0)
             text = ', '.join(f'{stage} {value:.1f}'
                              for stage, value in zip(STAGES, medians, strict=True))
             line += f' {others:12.2f}  {text}'
-            reached = base / p50 >= TARGETS[name] and others < REST_MS
-            line += '' if reached else f'  MISSED: {TARGETS[name]:g}x, under {REST_MS:g} ms'
-            missed += not reached
+            way = name.split(' ', 1)[1]
+            best[way] = max(best[way], base / p50)
+            rest_ms = max(rest_ms, others)
         lines.append(line)
+    verdicts = [(f'{way} at least {target:g} times faster', best[way] >= target)
+                for way, target in TARGETS.items()]
+    verdicts.append((f'all but run under {REST_MS:g} ms', rest_ms < REST_MS))
+    lines += [f'{text}: {"yes" if reached else "NO"}' for text, reached in verdicts]
     print('\n'.join(lines))
     if arguments.write:
         write_table(ROOT / 'docs/backends.md', 'speedup', '\n'.join(['```', *lines, '```']))
-    return int(missed > 0)
+    return int(not all(reached for _, reached in verdicts))
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 import os
+from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends.base import Backend
@@ -13,6 +14,7 @@ from anomaly_seg_ros.ports import (
     check_input, check_ports, input_port, NetworkOutput, output_ports, Port)
 import numpy as np
 
+_CPU_INFO = Path('/proc/cpuinfo')
 _DTYPES = {'tensor(float)': 'float32', 'tensor(float16)': 'float16', 'tensor(uint8)': 'uint8',
            'tensor(int64)': 'int64', 'tensor(int32)': 'int32', 'tensor(double)': 'float64'}
 
@@ -45,6 +47,8 @@ class OnnxRuntimeCpu(Backend):
         self._threads = threads or len(os.sched_getaffinity(0))
         options = session_options(self._threads)
         options.add_session_config_entry('session.intra_op.allow_spinning', str(int(spinning)))
+        if model.card.precision == 'int8' and not adds_int8_exactly(_CPU_INFO):
+            options.add_session_config_entry('session.x64quantprecision', '1')
         self._session = open_session(model, options, [('CPUExecutionProvider', {})])
         self._input = input_port(model.card)
         self._binding = self._session.io_binding()
@@ -73,6 +77,22 @@ class OnnxRuntimeCpu(Backend):
     def close(self) -> None:
         """Free the session; the backend cannot run afterwards."""
         self._binding = self._session = None
+
+
+def adds_int8_exactly(cpu_info: Path) -> bool:
+    """
+    Tell whether the processor adds products of uint8 and int8 in 32 bits.
+
+    x86 without VNNI adds pairs of them in 16 bits, where they overflow in silence. ONNX Runtime
+    then has another way, exact and at half the speed.
+    """
+    try:
+        text = cpu_info.read_text(encoding='utf-8')
+    except OSError:
+        return False
+    flags = {flag for line in text.splitlines() if line.startswith('flags')
+             for flag in line.split()}
+    return not flags or bool(flags & {'avx_vnni', 'avx512_vnni', 'amx_int8'})
 
 
 def session_options(threads: int) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from anomaly_seg_ros.backends.base import Backend
 from anomaly_seg_ros.backends.onnxruntime import open_session, session_options
 from anomaly_seg_ros.cuda import CudaBuffers, describe_gpu, missing_cuda
+from anomaly_seg_ros.engine import refuse_cpu_int8
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import ModelFile
 from anomaly_seg_ros.ports import check_input, input_port, NetworkOutput, output_ports
@@ -79,6 +80,7 @@ class OnnxRuntimeCuda(Backend):
             cuda_graph and self._provider == _CUDA)), 'cudnn_conv_algo_search': 'EXHAUSTIVE'}
         providers = [(_CUDA, cuda)]
         if self._provider == _TENSORRT:
+            refuse_cpu_int8(model)
             providers.insert(0, (_TENSORRT, {
                 **common, **tensorrt_options(model, cache or cache_folder(), cuda_graph)}))
         options = session_options(threads or 1)

@@ -139,10 +139,26 @@ def _replace_argmax(graph: Any) -> None:
         shape = [1] * len(logits.get_partial_shape())
         shape[axis] = classes
         rank = np.arange(classes, 0, -1, dtype=np.float32).reshape(shape)
-        highest = ops.reduce_max(logits, [axis], keep_dims=True)
+        highest = _maximum(logits, axis)
         ranked = ops.select(ops.greater_equal(logits, highest), rank, np.float32(1))
         first = ops.reduce_max(ranked, [axis], keep_dims=True)
         index = ops.convert(ops.subtract(np.float32(classes), first),
                             node.output(1).get_element_type().to_string())
         for user in node.output(1).get_target_inputs():
             user.replace_source_output(index.output(0))
+
+
+def _maximum(logits: Any, axis: int) -> Any:
+    """Return the maximum along ``axis``, which is kept: the score's own where it has taken it."""
+    from openvino import opset13 as ops
+
+    for user in logits.get_target_inputs():
+        node = user.get_node()
+        if node.get_type_name() != 'ReduceMax':
+            continue
+        axes = node.input_value(1).get_node()
+        if axes.get_type_name() == 'Constant' and \
+                [x % len(logits.get_partial_shape()) for x in axes.data.ravel()] == [axis]:
+            return node.output(0) if node.get_attributes()['keep_dims'] \
+                else ops.unsqueeze(node.output(0), [axis])
+    return ops.reduce_max(logits, [axis], keep_dims=True)

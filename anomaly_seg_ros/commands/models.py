@@ -41,6 +41,9 @@ from rich.table import Table
 @click.option('--gate-root', type=FILE, help='int8: its folder.')
 @click.option('--maximum-drop', type=click.FloatRange(0, 1), default=0.02, show_default=True,
               help='int8: by how much AP and mIoU may fall, as a fraction.')
+@click.option('--int8-for', type=click.Choice(['onnxruntime', 'openvino', 'tensorrt']),
+              default='onnxruntime', show_default=True,
+              help='int8: what the file is best for. TensorRT runs no other.')
 @click.option('--logits', help='NETWORK onnx: name of the tensor with the logits.')
 @click.option('--mean', type=ThreeFloats(), default='0,0,0', show_default=True,
               help='NETWORK onnx: mean of each channel, of values in [0, 1].')
