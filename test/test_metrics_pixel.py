@@ -3,8 +3,10 @@
 
 from itertools import pairwise
 import pickle
+from unittest import mock
 
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.metrics import pixel
 from anomaly_seg_ros.metrics.compat import (
     caos_fpr_at_recall, interpolated_fpr95, rba_fpr95, trapezoid_aupr)
 from anomaly_seg_ros.metrics.pixel import (
@@ -94,6 +96,24 @@ def test_split_and_merge_in_any_order_give_the_same_bits(pairs, random):
     for name in ('thresholds', 'tp', 'fp', 'fp_above'):
         assert getattr(whole, name).tobytes() == getattr(parts, name).tobytes()
     assert PixelMetrics.of(whole) == PixelMetrics.of(parts)
+
+
+@given(frames(), st.integers(1, 40), st.sampled_from([np.float16, np.float32, np.float64]))
+@settings(max_examples=100, deadline=None)
+def test_counts_cut_by_value_are_those_of_numpy(pairs, cached, dtype):
+    thresholds = np.unique(np.linspace(-1, 1, 41).astype(dtype))
+    counted = NegativeCounts(thresholds)
+    with mock.patch.object(pixel, 'CACHED', cached):
+        for number, (scores, mask) in enumerate(pairs):
+            scores = scores.astype([np.float16, np.float32, np.float64][number % 3])
+            counted.update(split_scores(scores, mask, 'frame').negatives)
+        at_least, above, total = counted.result()
+    scores = np.concatenate([
+        scores.astype([np.float16, np.float32, np.float64][number % 3])[mask == 0].astype(float)
+        for number, (scores, mask) in enumerate(pairs)])
+    assert at_least.tolist() == [np.count_nonzero(scores >= value) for value in thresholds]
+    assert above.tolist() == [np.count_nonzero(scores > value) for value in thresholds]
+    assert total == scores.size
 
 
 @given(frames())

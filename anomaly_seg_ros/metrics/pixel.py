@@ -12,8 +12,9 @@ Convention: a higher score is more anomalous; a pixel is called anomalous when
 ``score >= threshold``; void pixels (255) take no part.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from anomaly_seg_ros.errors import UserError
@@ -27,6 +28,7 @@ MaskArray = npt.NDArray[np.uint8]
 VOID = 255
 RISK_FPRS = (1e-4, 1e-3, 1e-2, 5e-2)
 MAXIMUM_WAITING = 1 << 24  # pixels held until they are counted: 64 MB of float32
+CACHED = 1 << 16  # pixels that are sorted and searched at a time
 
 
 @dataclass(frozen=True)
@@ -206,20 +208,50 @@ class NegativeCounts:
     def _flush(self) -> None:
         if not self._pending:
             return
-        scores = self._pending[0]
-        if len(self._pending) > 1:
-            scores = np.concatenate(self._pending)
-            scores.sort()
+        below = np.empty(self.thresholds.size, np.int64)
+        at_most = np.empty(self.thresholds.size, np.int64)
+        total = 0
+        for piece, scores in _by_value(self._pending, self.thresholds):
+            below[piece], at_most[piece] = _count_below(scores, self.thresholds[piece])
+            below[piece] += total
+            at_most[piece] += total
+            total += scores.size
         self._pending = []
-        below = np.searchsorted(scores, self.thresholds, 'left')
-        # Few thresholds are the score of a negative too; only these end elsewhere than they begin.
-        at_most = below.copy()
-        tied = np.flatnonzero(below < scores.size)
-        tied = tied[scores[below[tied]] == self.thresholds[tied]]
-        at_most[tied] = np.searchsorted(scores, self.thresholds[tied], 'right')
-        self._at_least = self._at_least + (scores.size - below)
-        self._above = self._above + (scores.size - at_most)
-        self._total += scores.size
+        self._at_least = self._at_least + (total - below)
+        self._above = self._above + (total - at_most)
+        self._total += total
+
+
+def _by_value(parts: list[FloatArray],
+              thresholds: FloatArray) -> Iterator[tuple[slice, FloatArray]]:
+    """
+    Cut sorted scores at common values; yield pieces of the thresholds, and all scores there.
+
+    Sorting and searching pieces that fit a processor's cache takes half as long as the whole.
+    """
+    if len(parts) == 1:
+        yield slice(None), parts[0]
+        return
+    longest = max(parts, key=len)
+    edges = longest[::max(1, CACHED // len(parts))][1:]
+    cuts = [[0, *np.searchsorted(part, edges).tolist(), part.size]
+            for part in [*parts, thresholds]]
+    for starts, ends in pairwise(zip(*cuts, strict=True)):
+        scores = np.concatenate([part[start:end] for part, start, end in
+                                 zip(parts, starts[:-1], ends[:-1], strict=True)])
+        scores.sort()
+        yield slice(starts[-1], ends[-1]), scores
+
+
+def _count_below(scores: FloatArray, thresholds: FloatArray) -> tuple[IntArray, IntArray]:
+    """Return how many sorted scores are below each threshold, and how many at most as high."""
+    below = np.searchsorted(scores, thresholds, 'left')
+    # Few thresholds are the score of a negative too; only these end elsewhere than they begin.
+    at_most = below.copy()
+    tied = np.flatnonzero(below < scores.size)
+    tied = tied[scores[below[tied]] == thresholds[tied]]
+    at_most[tied] = np.searchsorted(scores, thresholds[tied], 'right')
+    return below, at_most
 
 
 @dataclass(frozen=True)
