@@ -3,12 +3,12 @@
 """
 Every backend and precision that this machine can run, beside float32 PyTorch, as one table.
 
-For each: largest and mean score error and label mismatch on 20 real frames, average precision and
-FPR95 on road_anomaly_21, and the time of the network. Writes the table into docs/backends.md,
-between its markers.
+For each: largest and mean score error and label mismatch on 20 frames, average precision and
+FPR95, and the time of the network. Writes the table into docs/backends.md, between its markers.
 
-python benchmarks/backends.py                 needs the real data (ANOMALY_SEG_DATA)
-python benchmarks/backends.py --models DIR    keeps the exported files there and uses them again
+python benchmarks/backends.py                       ERFNet; real data (ANOMALY_SEG_DATA)
+python benchmarks/backends.py --network roadnet     the bundled model's network; synthetic drives
+python benchmarks/backends.py --models DIR          keeps the exported files and uses them again
 """
 
 import argparse
@@ -37,6 +37,7 @@ from anomaly_seg_ros.pipeline import resize_output
 from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
 from anomaly_seg_ros.reference import build_module, run_torch
+from anomaly_seg_ros.synthetic import SyntheticDrive
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,22 +70,46 @@ class Row:
     network_ms: float
 
 
-def frames_of(data: Path) -> tuple[list[Frame], list[np.ndarray]]:
-    """Return road_anomaly_21 and, besides its 10, 10 images of road_anomaly: 20 real frames."""
+@dataclass(frozen=True)
+class Subject:
+    """A network and the frames that it is judged by."""
+
+    weights: Path
+    input_size_hw: tuple[int, int]
+    scored: list[Frame]
+    others: list[np.ndarray]  # compared with PyTorch besides the scored ones
+    calibration: list[np.ndarray]  # for int8; in no data set that it is scored on
+    gate: Sequence[Frame]  # for int8
+
+
+def erfnet(data: Path) -> Subject:
+    """Return ERFNet: road_anomaly_21 and, besides its 10, 10 images of road_anomaly."""
     scored = open_dataset('road_anomaly_21', data / 'anomaly/road_anomaly_21')
     others = open_dataset('road_anomaly', data / 'anomaly/road_anomaly')
     step = max(1, len(others) // 10)
-    return ([scored[i] for i in range(len(scored))],
-            [others[i].image_rgb for i in range(0, len(others), step)][:10])
-
-
-def calibration_images(data: Path) -> list[np.ndarray]:
-    """Return 24 frames for int8 that are in neither data set it is scored on."""
-    images = []
+    calibration = []
     for name, count in (('fs_lost_and_found', 12), ('road_obstacle_21', 12)):
         source = open_dataset(name, data / 'anomaly' / name)
-        images += [source[i].image_rgb for i in range(min(count, len(source)))]
-    return images
+        calibration += [source[i].image_rgb for i in range(min(count, len(source)))]
+    return Subject(data / 'weights/erfnet_cityscapes_20ch.pth', (512, 1024),
+                   [scored[i] for i in range(len(scored))],
+                   [others[i].image_rgb for i in range(0, len(others), step)][:10],
+                   calibration, Gate(data))
+
+
+def roadnet(data: Path) -> Subject:
+    """Return the bundled model's network on three synthetic drives, none of its training."""
+    del data  # needs none
+    scored, calibration, gate = (SyntheticDrive(seed, frames=20, rate_hz=2.5)
+                                 for seed in (301, 401, 402))
+    made = json.loads((ROOT / 'models/demo_model.json').read_text(encoding='utf-8'))
+    height, width = made['input_size_hw']
+    return Subject(ROOT / 'models' / made['weights'], (height, width),
+                   [scored[i] for i in range(len(scored))], [],
+                   [calibration[i].image_rgb for i in range(len(calibration))], gate)
+
+
+SUBJECTS = {'erfnet': erfnet, 'roadnet': roadnet}
 
 
 class Gate(Sequence[Frame]):
@@ -107,20 +132,21 @@ class Gate(Sequence[Frame]):
         return first[index] if index < len(first) else second[index - len(first)]
 
 
-def export_all(weights: Path, data: Path, folder: Path, images: list[np.ndarray],
-               precisions: Sequence[str], maximum_drop: float) -> Iterator[tuple[str, ModelFile]]:
+def export_all(network: str, subject: Subject, folder: Path, precisions: Sequence[str],
+               maximum_drop: float) -> Iterator[tuple[str, ModelFile]]:
     """Yield the model file of each precision; those already in the folder are used again."""
     for precision in precisions:
-        path = folder / f'erfnet_max_logit_{precision.replace(" ", "_")}.onnx'
+        path = folder / f'{network}_max_logit_{precision.replace(" ", "_")}.onnx'
         if not path.exists():
             kind, _, target = precision.partition(' for ')
-            request = ExportRequest('erfnet', weights, precision=kind, maximum_drop=maximum_drop,
-                                    int8_for=target or 'onnxruntime')
+            request = ExportRequest(
+                network, subject.weights, input_size_hw=subject.input_size_hw, precision=kind,
+                maximum_drop=maximum_drop, int8_for=target or 'onnxruntime')
             try:
                 if target:
-                    export_model(request, path, calibration_images(data), Gate(data))
+                    export_model(request, path, subject.calibration, subject.gate)
                 else:
-                    export_model(request, path, images[:4])
+                    export_model(request, path, [frame.image_rgb for frame in subject.scored[:4]])
             except UserError as error:
                 print(f'{precision}: {error}', file=sys.stderr)
                 continue
@@ -158,6 +184,7 @@ def run_way(model: ModelFile, backend: str, options: dict[str, Any], inputs: lis
 def main() -> int:
     """Measure and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument('--network', default='erfnet', choices=SUBJECTS)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--models', type=Path, help='folder to keep the exported files in')
     parser.add_argument('--precisions', nargs='+', default=PRECISIONS, choices=PRECISIONS)
@@ -167,28 +194,27 @@ def main() -> int:
     parser.add_argument('--data', type=Path, default=Path(os.environ.get(
         'ANOMALY_SEG_DATA', ROOT.parent / 'shared/data')))
     arguments = parser.parse_args()
-    weights = arguments.data / 'weights/erfnet_cityscapes_20ch.pth'
-    if not weights.exists():
+    if arguments.network == 'erfnet' and not (arguments.data / 'weights').is_dir():
         print(f'no real data in {arguments.data}: set ANOMALY_SEG_DATA')
         return 0
 
-    frames, others = frames_of(arguments.data)
-    images = [frame.image_rgb for frame in frames] + others
+    subject = SUBJECTS[arguments.network](arguments.data)
+    frames = subject.scored
+    images = [frame.image_rgb for frame in frames] + subject.others
     rows: list[Row] = []
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.models or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         inputs: list[np.ndarray] = []
-        for precision, model in export_all(weights, arguments.data, folder, images,
+        for precision, model in export_all(arguments.network, subject, folder,
                                            arguments.precisions, arguments.maximum_drop):
             if not inputs:
                 preprocess = Preprocessor(model.card)
                 inputs = [preprocess(image).copy() for image in images]
-                host = ExportRequest('erfnet', weights)
-                network = load_network('erfnet', weights, host.input_size_hw)
+                network = load_network(arguments.network, subject.weights, subject.input_size_hw)
                 reference = run_torch(build_module(network, load_model_file(
-                    folder / 'erfnet_max_logit_fp32.onnx').card, plain=True), inputs)
+                    folder / f'{arguments.network}_max_logit_fp32.onnx').card, plain=True), inputs)
                 ap, fpr95 = score(reference[:len(frames)], frames)
                 rows.append(Row('fp32', 'PyTorch eager (reference)', 0, 0, 0, ap, fpr95,
                                 float('nan')))
@@ -201,7 +227,7 @@ def main() -> int:
                 try:
                     if reason is None:
                         answers, milliseconds = run_way(model, backend, options, inputs,
-                                                        arguments.threads, weights)
+                                                        arguments.threads, subject.weights)
                 except UserError as error:
                     reason = str(error)
                 if reason is not None:
@@ -216,7 +242,7 @@ def main() -> int:
     text = markdown(rows, notes, arguments.threads)
     print(text)
     if not arguments.no_write:
-        write_table(ROOT / 'docs/backends.md', 'erfnet', text)
+        write_table(ROOT / 'docs/backends.md', arguments.network, text)
     return 0
 
 

@@ -28,7 +28,7 @@ from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import Pipeline, STAGES
-from backends import calibration_images, Gate, write_table
+from backends import erfnet, write_table
 import cv2
 import numpy as np
 
@@ -106,8 +106,9 @@ def main() -> int:
             for precision, way in product(['fp32', 'int8'] if int8 else ['fp32'], WAYS):
                 path = Path(name) / f'{precision}_{way}.onnx'
                 if precision == 'int8':
+                    subject = erfnet(arguments.data)
                     export_model(replace(request, precision='int8', int8_for=way.split()[0]), path,
-                                 calibration_images(arguments.data), Gate(arguments.data))
+                                 subject.calibration, subject.gate)
                 else:
                     export_model(request, path, frames[:2])
                 model = load_model_file(path)
