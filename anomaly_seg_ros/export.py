@@ -15,6 +15,7 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.fused import score_parameters
 from anomaly_seg_ros.graph_variants import check_half
+from anomaly_seg_ros.model_card import RESIZES
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
 from anomaly_seg_ros.parity import compare, Difference, LIMITS
@@ -56,6 +57,8 @@ class ExportRequest:
         quantisation, see ``anomaly_seg_ros.quantize``.
     input_variant
         ``host`` or ``device``, see ``ModelCard``.
+    resize
+        How frames are scaled, see ``ModelCard``; None takes the way of the network's training.
     frame_size_hw, frame_channel_order
         Size of the camera's frames and order of their channels, for ``device``.
     threshold
@@ -78,6 +81,7 @@ class ExportRequest:
     temperature: float = 1.0
     precision: str = 'fp32'
     input_variant: str = 'host'
+    resize: str | None = None
     frame_size_hw: tuple[int, int] | None = None
     frame_channel_order: str = 'rgb'
     threshold: float | None = None
@@ -251,6 +255,8 @@ def _check_request(request: ExportRequest, frames: Iterable[np.ndarray] | None,
             raise UserError('a device graph is made for one camera: give --frame-size HxW')
         if request.precision == 'int8':
             raise UserError('int8 is made as a host graph only; choose --input-variant host')
+    if request.resize not in (None, *RESIZES):
+        raise UserError(f'unknown resize {request.resize!r}; choose {" or ".join(RESIZES)}')
     if request.int8_for not in TARGETS:
         raise UserError(f'int8 is made for one of {", ".join(TARGETS)}, not for '
                         f'{request.int8_for!r}')
@@ -287,8 +293,9 @@ def _draft_card(request: ExportRequest, network: LoadedNetwork) -> ModelCard:
         input_variant=request.input_variant, frame_size_hw=frame_size_hw,
         frame_channel_order=request.frame_channel_order if device else 'rgb',
         score=request.score, threshold=0.0, threshold_source='', score_range=(0.0, 1.0),
-        void_index=network.void_index, channel_order=network.channel_order, mean=network.mean,
-        std=network.std, score_parameters=score_parameters(network, request.score),
+        void_index=network.void_index, resize=request.resize or network.resize,
+        channel_order=network.channel_order, mean=network.mean, std=network.std,
+        score_parameters=score_parameters(network, request.score),
         temperature=request.temperature, precision=request.precision,
         weights_source=network.weights_source, weights_sha256=network.weights_sha256,
         licence=network.licence)

@@ -43,6 +43,8 @@ class OnnxExportRequest:
         takes the only output.
     mean, std
         Normalisation that the network expects of values in [0, 1], by channel.
+    resize
+        How frames are scaled, see ``ModelCard``.
     channel_order
         ``rgb`` or ``bgr``.
     classes
@@ -68,6 +70,7 @@ class OnnxExportRequest:
     logits: str | None = None
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    resize: str = 'antialiased'
     channel_order: str = 'rgb'
     classes: tuple[str, ...] = CITYSCAPES_CLASSES
     void_index: int | None = None
@@ -253,8 +256,8 @@ def _draft_card(request: OnnxExportRequest, model: Any, size_hw: tuple[int, int]
             classes=classes, palette=class_palette(classes), drivable=drivable,
             input_size_hw=size_hw, output_size_hw=size_hw, score=request.score, threshold=0.0,
             threshold_source='', score_range=(0.0, 1.0), void_index=request.void_index,
-            channel_order=request.channel_order, mean=request.mean, std=request.std,
-            temperature=request.temperature, precision=precision,
+            resize=request.resize, channel_order=request.channel_order, mean=request.mean,
+            std=request.std, temperature=request.temperature, precision=precision,
             weights_source=request.weights.name, weights_sha256=sha256_file(request.weights),
             licence=request.licence,
             provenance={'anomaly_seg_ros': __version__, 'onnx': onnx.__version__,

@@ -14,7 +14,7 @@ from typing import Any, TYPE_CHECKING
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_card import ModelCard
-import cv2
+from anomaly_seg_ros.resize import bilinear_taps, nearest_taps, smoothing
 import numpy as np
 
 if TYPE_CHECKING:
@@ -74,13 +74,16 @@ def on_device(fused: 'nn.Module', card: ModelCard,
         raise ValueError('the card of a device graph needs frame_size_hw')
     frame_hw, input_hw = card.frame_size_hw, card.input_size_hw
     swap = card.frame_channel_order != card.channel_order
+    smooth = smoothing(frame_hw, input_hw, card.resize)
+    kernels = [kernel.tolist() for kernel in smooth.kernels()]
+    small_hw = (frame_hw[0] >> smooth.halvings, frame_hw[1] >> smooth.halvings)
 
     class OnDevice(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.fused = fused
             for axis, name in enumerate(('row', 'column')):
-                first, second, weight = bilinear_taps(frame_hw[axis], input_hw[axis])
+                first, second, weight = bilinear_taps(small_hw[axis], input_hw[axis])
                 self.register_buffer(f'{name}_0', torch.from_numpy(first))
                 self.register_buffer(f'{name}_1', torch.from_numpy(second))
                 self.register_buffer(f'{name}_weight', torch.from_numpy(weight))
@@ -95,7 +98,11 @@ def on_device(fused: 'nn.Module', card: ModelCard,
             planes = image.float().permute(2, 0, 1)  # 3, H, W
             if swap:
                 planes = planes.index_select(0, self.reverse)
-            if frame_hw != input_hw:
+            for _ in range(smooth.halvings):
+                planes = (F.avg_pool2d(planes, 2) + 0.5).floor()
+            if smooth.blurs:
+                planes = _blur(planes, *kernels)
+            if small_hw != input_hw:
                 planes = self._blend(planes, 1, 'row')
                 planes = (self._blend(planes, 2, 'column') + 0.5).floor()
             labels, anomaly = self.fused(((planes - self.offset) * self.scale)[None])
@@ -115,31 +122,21 @@ def on_device(fused: 'nn.Module', card: ModelCard,
     return OnDevice().eval()
 
 
-def bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _blur(planes: 'Tensor', along_x: list[int], along_y: list[int]) -> 'Tensor':
     """
-    Return what OpenCV's bit-exact bilinear resize takes along an axis of ``old`` pixels.
+    Blur (C, H, W) of whole numbers up to 255 as ``cv2.GaussianBlur`` does, to the bit.
 
-    Returns
-    -------
-    first, second, weight
-        int64 (new,) indices of the two pixels, and float32 (new,) weight of the second in steps
-        of 1/256. Blended along both axes and rounded half up they give INTER_LINEAR_EXACT to the
-        bit (OpenCV's ``resize_bitExact``: 8.8 fixed-point coefficients).
-
+    Weights are in steps of 1 / 256: the sums stay below 2^24, exact in float32. Written as sums of
+    shifted images because a convolution may run in TF32.
     """
-    scale = 1 / (new / old)
-    place = (np.arange(new) + 0.5) * scale - 0.5
-    floor = np.floor(place)
-    weight = np.rint((place - floor) * 256) / 256
-    weight[(floor < 0) | (floor >= old - 1)] = 0
-    first = np.clip(floor, 0, old - 1).astype(np.int64)
-    return first, np.minimum(first + 1, old - 1), weight.astype(np.float32)
+    import torch.nn.functional as F
 
-
-def nearest_taps(old: int, new: int) -> np.ndarray:
-    """Return the int64 (new,) indices that OpenCV's INTER_NEAREST_EXACT takes."""
-    index = np.arange(old, dtype=np.float32)[None]
-    return cv2.resize(index, (new, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].astype(np.int64)
+    height, width = planes.shape[1:]
+    x, y = len(along_x) // 2, len(along_y) // 2
+    padded = F.pad(planes[None], (x, x, y, y), mode='replicate')[0]
+    rows = sum(weight * padded[:, :, k:k + width] for k, weight in enumerate(along_x))
+    total = sum(weight * rows[:, k:k + height] for k, weight in enumerate(along_y))
+    return ((total + 32768) / 65536).floor()
 
 
 def check_half(module: 'nn.Module', inputs: Sequence['Tensor'],

@@ -10,6 +10,7 @@ from typing import Any
 CARD_SCHEMA = 1
 INPUT_VARIANTS = ('host', 'device')
 PRECISIONS = ('fp32', 'fp16', 'int8')
+RESIZES = ('antialiased', 'bilinear')
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ModelCard:
     frame_size_hw, frame_channel_order
         Camera frame size, and order of its channels (``rgb`` or ``bgr``), that a ``device`` graph
         is made for.
+    resize
+        How frames are scaled to the input size: ``antialiased`` or ``bilinear``, see ``resize``.
     channel_order
         ``rgb`` or ``bgr``, the order in which the network wants its channels.
     mean, std
@@ -76,6 +79,7 @@ class ModelCard:
     input_variant: str = 'host'
     frame_size_hw: tuple[int, int] | None = None
     frame_channel_order: str = 'rgb'
+    resize: str = 'bilinear'
     channel_order: str = 'rgb'
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -116,6 +120,8 @@ class ModelCard:
                 self.frame_size_hw is None or self.frame_size_hw != self.output_size_hw):
             raise ValueError('a device graph needs frame_size_hw, equal to output_size_hw, got '
                              f'{self.frame_size_hw} and {self.output_size_hw}')
+        if self.resize not in RESIZES:
+            raise ValueError(f'resize must be one of {RESIZES}, got {self.resize!r}')
         for name in ('channel_order', 'frame_channel_order'):
             if getattr(self, name) not in ('rgb', 'bgr'):
                 raise ValueError(f'{name} must be rgb or bgr, got {getattr(self, name)!r}')

@@ -2,6 +2,7 @@
 """From a camera frame to the network's input on the CPU."""
 
 from anomaly_seg_ros.model_card import ModelCard
+from anomaly_seg_ros.resize import Resizer
 import cv2
 import numpy as np
 
@@ -10,19 +11,17 @@ class Preprocessor:
     """
     Resize and normalise frames for a ``host`` model; buffers are made once and reused.
 
-    Resizing is bilinear with half-pixel centres and without antialiasing, as in the anomaly
-    benchmarks' scripts; OpenCV's bit-exact kind, because its plain INTER_LINEAR gives other bits
-    on other machines and rounds down by an eighth of a grey level on average. Normalisation looks
-    each plane's 256 possible values up in a table, 10 times faster than arithmetic on interleaved
-    pixels.
+    Frames are resized as the card says, with half-pixel centres and to the same bits everywhere
+    (OpenCV's plain INTER_LINEAR gives other bits on other machines and rounds down by an eighth of
+    a grey level on average). Normalisation looks each plane's 256 possible values up in a table,
+    10 times faster than arithmetic on interleaved pixels.
     """
 
     def __init__(self, card: ModelCard, out: np.ndarray | None = None) -> None:
-        """Take size, channel order, mean and std from ``card``; write into ``out`` if given."""
+        """Take size, resizing, channels and normalisation from ``card``; write into ``out``."""
         height, width = card.input_size_hw
-        self._size_wh = (width, height)
+        self._resize = Resizer((height, width), card.resize)
         self._channel_order = card.channel_order
-        self._resized = np.empty((height, width, 3), np.uint8)
         self._plane = np.empty((height, width), np.uint8)
         self._input = np.empty((1, 3, height, width), np.float32) if out is None else out
         # (v / 255 - mean) / std has 256 possible values a channel.
@@ -43,11 +42,7 @@ class Preprocessor:
 
         """
         check_image(image, channel_order)
-        if image.shape[1::-1] == self._size_wh:
-            resized = image
-        else:
-            resized = cv2.resize(image, self._size_wh, dst=self._resized,
-                                 interpolation=cv2.INTER_LINEAR_EXACT)
+        resized = self._resize(image)
         swap = channel_order != self._channel_order
         for channel in range(3):
             plane = cv2.extractChannel(resized, 2 - channel if swap else channel, self._plane)

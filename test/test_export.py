@@ -12,13 +12,13 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.fused import fuse
-from anomaly_seg_ros.graph_variants import bilinear_taps, check_half, half_body, nearest_taps
+from anomaly_seg_ros.graph_variants import check_half, half_body
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.parity import compare, Difference, LIMITS, Limits
 from anomaly_seg_ros.pipeline import Pipeline
 from anomaly_seg_ros.ports import NetworkOutput
+from anomaly_seg_ros.resize import Resizer
 import cv2
-from hypothesis import given, settings, strategies as st
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -42,7 +42,7 @@ def reuse_graph(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expected(frame: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Do the whole way in PyTorch and cv2: labels and max_logit score at ``size_hw``."""
-    small = cv2.resize(frame, (64, 32), interpolation=cv2.INTER_LINEAR_EXACT)[..., ::-1]
+    small = Resizer((32, 64), 'antialiased')(frame)[..., ::-1]
     normalised = (small / 255.0 - small_network.MEAN) / small_network.STD
     with torch.inference_mode():
         logits = small_network.build()(torch.from_numpy(normalised.transpose(2, 0, 1)[None])
@@ -111,28 +111,6 @@ def test_device_equals_host_to_the_bit_of_its_input(
     with open_backend(load_model_file(tmp_path / 'm.onnx'), 'cpu') as backend, \
             pytest.raises(ValueError, match=r'frames of 107x181, got 48x76.*--frame-size'):
         Pipeline(backend)(np.zeros((48, 76, 3), np.uint8))
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.tuples(st.integers(1, 400), st.integers(1, 400)),
-       st.tuples(st.integers(1, 300), st.integers(1, 300)))
-def test_bilinear_taps_are_opencvs(old_hw: tuple[int, int], new_hw: tuple[int, int]) -> None:
-    """Blending by the taps and rounding half up gives INTER_LINEAR_EXACT to the bit."""
-    image = np.random.default_rng(6).integers(0, 256, old_hw, dtype=np.uint8)
-    planes = image.astype(np.float32)
-    for axis in (0, 1):
-        first, second, weight = bilinear_taps(old_hw[axis], new_hw[axis])
-        weight = weight[:, None] if axis == 0 else weight
-        planes = planes.take(first, axis) * (1 - weight) + planes.take(second, axis) * weight
-    expected_image = cv2.resize(image, new_hw[::-1], interpolation=cv2.INTER_LINEAR_EXACT)
-    np.testing.assert_array_equal(np.floor(planes + 0.5), expected_image.reshape(new_hw))
-
-
-@given(st.integers(1, 300), st.integers(1, 3000))
-def test_nearest_taps_are_opencvs(old: int, new: int) -> None:
-    """Within half a source pixel of the place, the rule of INTER_NEAREST_EXACT."""
-    place = (np.arange(new) + 0.5) * old / new - 0.5
-    assert np.abs(nearest_taps(old, new) - place).max() <= 0.5 + 1e-3
 
 
 def test_the_provisional_threshold_is_the_99th_percentile(

@@ -30,6 +30,9 @@ from rich.table import Table
               help='host: normalised outside, for CPUs. device: camera frame in, for GPUs.')
 @click.option('--frame-size', 'frame_size_hw', type=SizeType(),
               help='Height x width of the camera frames, for --input-variant device.')
+@click.option('--resize', type=click.Choice(['antialiased', 'bilinear']),
+              help='How frames are scaled to the input size. Default: as in the training of '
+                   'NETWORK, antialiased for all but roadnet.')
 @click.option('--temperature', type=click.FloatRange(0, min_open=True), default=1.0,
               show_default=True, help='Divides the logits before the score.')
 @click.option('--threshold', type=FiniteFloat(),
@@ -116,7 +119,8 @@ def _export_onnx(weights: Any, input_size_hw: tuple[int, int] | None, options: d
     return export_onnx(OnnxExportRequest(
         weights=weights, input_size_hw=input_size_hw, score=options['score'],
         temperature=options['temperature'], threshold=options['threshold'],
-        name=options['name'], **{**of_onnx, 'classes': classes}), output, frames=images)
+        resize=options['resize'] or 'antialiased', name=options['name'],
+        **{**of_onnx, 'classes': classes}), output, frames=images)
 
 
 @click.command('build-engine')

@@ -46,6 +46,8 @@ class LoadedNetwork:
         As in ``ModelCard``.
     mean, std, channel_order
         Normalisation of values in [0, 1], as in ``ModelCard``.
+    resize
+        How training images were scaled, as in ``ModelCard``.
     size_divisor
         Height and width of the input must be multiples of this.
     input_size_hw
@@ -68,6 +70,7 @@ class LoadedNetwork:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     channel_order: str = 'rgb'
+    resize: str = 'antialiased'
     size_divisor: int = 1
     void_index: int | None = None
     outputs: str = 'logits'
@@ -131,7 +134,7 @@ def load_roadnet(name: str, weights: Path | str,
     fit_state_dict(network, state, weights)
     return LoadedNetwork(name, network, Path(weights).name, sha256_file(weights), 'Apache-2.0',
                          mean=RoadNet.mean, std=RoadNet.std, channel_order=RoadNet.channel_order,
-                         size_divisor=RoadNet.size_divisor)
+                         resize=RoadNet.resize, size_divisor=RoadNet.size_divisor)
 
 
 def load_transformers(name: str, weights: Path | str,
@@ -213,7 +216,7 @@ def _ensemble(members: Sequence[LoadedNetwork]) -> LoadedNetwork:
 
     first = members[0]
     for member in members[1:]:
-        for what in ('classes', 'mean', 'std', 'channel_order'):
+        for what in ('classes', 'mean', 'std', 'channel_order', 'resize'):
             if getattr(member, what) != getattr(first, what):
                 raise UserError(f'{member.weights_source}: its {what} are not those of '
                                 f'{first.weights_source}; an ensemble takes networks that agree '

@@ -50,10 +50,11 @@ class RoadNet(nn.Module):
 
     """
 
-    # Normalisation of RGB values in [0, 1], part of what the weights expect.
+    # Normalisation of RGB values in [0, 1] and way of scaling, part of what the weights expect.
     mean = (0.45, 0.45, 0.45)
     std = (0.25, 0.25, 0.25)
     channel_order = 'rgb'
+    resize = 'bilinear'
     size_divisor = 32
     output_stride = 2
 
