@@ -4,9 +4,10 @@
 From a 2048x1024 frame to labels, score and mask at its size: this package beside plain PyTorch.
 
 ERFNet with max_logit at 1024x512, in float32 and, where the real data are, in int8. "PyTorch" is
-what one writes first: eager network, logits upsampled to the frame, argmax and maximum in numpy,
-threshold. All ways take turns on the same frames in one process, so that other work on the machine
-slows all of them alike; the speed-up is the ratio of the median times.
+what the networks' own scripts do: Pillow scales the frame (as torchvision's Resize does), eager
+network, logits upsampled to the frame, argmax and maximum in numpy, threshold. All ways take turns
+on the same frames in one process, so that other work on the machine slows all of them alike; the
+speed-up is the ratio of the median times.
 
 python benchmarks/erfnet_speedup.py --threads 2 --frames 20
 """
@@ -31,6 +32,7 @@ from anomaly_seg_ros.pipeline import Pipeline, STAGES
 from backends import erfnet, write_table
 import cv2
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME_HW, INPUT_HW = (1024, 2048), (512, 1024)
@@ -62,8 +64,8 @@ def plain_pytorch(weights: Path, threshold: float) -> Callable[[np.ndarray], Ans
     network = load_network('erfnet', weights).module
 
     def run(frame: np.ndarray) -> Answer:
-        small = cv2.resize(frame, INPUT_HW[::-1], interpolation=cv2.INTER_LINEAR)
-        image = torch.from_numpy(small).permute(2, 0, 1)[None].float() / 255
+        small = Image.fromarray(frame).resize(INPUT_HW[::-1], Image.Resampling.BILINEAR)
+        image = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None].float() / 255
         with torch.no_grad():
             logits = F.interpolate(network(image), FRAME_HW, mode='bilinear')[0].numpy()
         labels, score = logits.argmax(0).astype(np.uint8), -logits.max(0)

@@ -45,6 +45,8 @@ BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
     (['no-such-command'], 'no-such-command'), (['evaluate'], 'MODEL'),
     (['evaluate', 'm.onnx', '--limit', '0'], '--limit'),
     (['export', 'erfnet', '--weights', 'w', '--output', 'o', '--input-size', '512'], '512'),
+    (['export', 'unet', '--weights', 'w', '--output', 'o'], 'erfnet, roadnet'),
+    (['calibrate', 'm', '--dataset', 'unknown', '--root', 'r', '--output', 'o'], 'streethazards'),
     (['make-bag', '--output', 'bag'], '--video'),
     ([*BENCHMARK, 'no_such_set'], 'road_anomaly_21, road_obstacle_21'),
     ([*BENCHMARK, 'acdc', '--option', 'fog'], 'KEY=VALUE'),

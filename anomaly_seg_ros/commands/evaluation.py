@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from anomaly_seg_ros.commands.options import (
-    backend_options, dataset_source, DatasetName, FILE, metrics_options, obstacle_options,
+    backend_options, DATASET, dataset_source, FILE, metrics_options, obstacle_options,
     obstacle_settings, OUT, print_metrics, print_path, progress_bar, require)
 import click
 from rich.table import Table
@@ -14,7 +14,7 @@ from rich.table import Table
 
 @click.command('evaluate')
 @click.argument('model', type=FILE)
-@click.option('--dataset', type=DatasetName(), required=True,
+@click.option('--dataset', type=DATASET, required=True,
               help='Name of the data set; "anomaly-seg datasets" lists them.')
 @click.option('--root', type=FILE, required=True, help='Its folder.')
 @click.option('--output', type=FILE, required=True, help='Folder for the results.')

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.commands.options import (
-    backend_options, CONSOLE, dataset_source, FILE, FiniteFloat, OUT, progress_bar, require,
-    SizeType, ThreeFloats)
+    backend_options, CONSOLE, DATASET, dataset_source, FILE, FiniteFloat, NETWORK, OUT,
+    progress_bar, require, SizeType, ThreeFloats)
 from anomaly_seg_ros.errors import UserError
 import click
 from rich.table import Table
 
 
 @click.command('export')
-@click.argument('network')
+@click.argument('network', type=NETWORK)
 @click.option('--weights', type=FILE, required=True, multiple=True,
               help='State dict, folder or model id of the network, or an .onnx for NETWORK onnx; '
                    'several make an ensemble.')
@@ -40,7 +40,8 @@ from rich.table import Table
 @click.option('--frames', type=click.Path(exists=True, file_okay=False, path_type=Path),
               help='Folder of images to check the export on, and to calibrate int8 on. Default: '
                    'synthetic frames.')
-@click.option('--gate-dataset', help='int8: data set whose metrics may not fall too far.')
+@click.option('--gate-dataset', type=DATASET,
+              help='int8: data set whose metrics may not fall too far.')
 @click.option('--gate-root', type=FILE, help='int8: its folder.')
 @click.option('--maximum-drop', type=click.FloatRange(0, 1), default=0.02, show_default=True,
               help='int8: by how much AP and mIoU may fall, as a fraction.')
@@ -152,7 +153,7 @@ def build_engine_command(model: Path, output: Path | None, workspace_mib: int | 
 
 @click.command('calibrate')
 @click.argument('model', type=FILE)
-@click.option('--dataset', required=True, help='Name of the data set.')
+@click.option('--dataset', type=DATASET, required=True, help='Name of the data set.')
 @click.option('--root', type=FILE, required=True, help='Its folder.')
 @click.option('--split', help='Split of the data set. Default: the first that is there.')
 @click.option('--option', 'options', multiple=True, metavar='KEY=VALUE',

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands share: types of options, options in common, printing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 import inspect as signatures
 import math
@@ -70,17 +70,36 @@ class FiniteFloat(click.ParamType):
         return number
 
 
-class DatasetName(click.ParamType):
-    """A key of ``DATASETS``, imported only when one is given."""
+class OneOf(click.ParamType):
+    """A name out of a table that is imported only when one is given."""
 
     name = 'NAME'
 
+    def __init__(self, what: str, choices: Callable[[], Iterable[str]]) -> None:
+        """Call a name ``what`` in errors, and get the names there are from ``choices``."""
+        self._what = what
+        self._choices = choices
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the name; wrong usage lists the choices."""
-        from anomaly_seg_ros.datasets import DATASETS
-        if value not in DATASETS:
-            self.fail(f'no data set {value!r}; choose one of {", ".join(DATASETS)}', param, ctx)
+        choices = list(self._choices())
+        if value not in choices:
+            self.fail(f'no {self._what} {value!r}; choose one of {", ".join(choices)}', param, ctx)
         return value
+
+
+def _datasets() -> Iterable[str]:
+    from anomaly_seg_ros.datasets import DATASETS
+    return DATASETS
+
+
+def _networks() -> Iterable[str]:
+    from anomaly_seg_ros.networks import NETWORKS
+    return (*NETWORKS, 'onnx')
+
+
+DATASET = OneOf('data set', _datasets)
+NETWORK = OneOf('network', _networks)
 
 
 def obstacle_options(function: Command) -> Command:

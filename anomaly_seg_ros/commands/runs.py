@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from anomaly_seg_ros.commands.options import (
-    backend_options, bundled_model, CONSOLE, dataset_source, DatasetName, FILE,
+    backend_options, bundled_model, CONSOLE, DATASET, dataset_source, FILE,
     obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar, require)
 import click
 
@@ -29,7 +29,7 @@ def demo(output: Path, frames: int, seed: int, model: Path | None) -> None:
 
 
 @click.command('make-bag')
-@click.option('--dataset', type=DatasetName(),
+@click.option('--dataset', type=DATASET,
               help='Name of a data set; "anomaly-seg datasets" lists them.')
 @click.option('--root', type=FILE, help='Folder of the data set.')
 @click.option('--split', help='Split of the data set. Default: the first that is there.')

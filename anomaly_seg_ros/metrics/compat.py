@@ -196,7 +196,7 @@ class CaosPerImage:
 
     def update(self, split: SplitScores, curve: PixelCurve | None = None) -> None:
         """Add one frame; ``curve`` is the frame's own, where it is known already."""
-        curve = curve or PixelCurve.of(split.positives, split.negatives)
+        curve = curve or PixelCurve.of_sorted(split.positives, split.negatives)
         if not curve.undefined:
             self._dropped.append(_caos_figures(curve))
         if split.void.size:
@@ -306,7 +306,7 @@ def pytorch_ood(split: SplitScores) -> PytorchOodMetrics | None:
     (Humblot-Renaux et al., CVPR 2023) is the mean of FPR and FNR over all thresholds after scaling
     the scores to [0, 1] by their range. Needs all scores in memory.
     """
-    curve = PixelCurve.of(split.positives, split.negatives)
+    curve = PixelCurve.of_sorted(split.positives, split.negatives)
     if curve.undefined:
         return None
     inverse = PixelCurve.of(-split.negatives, -split.positives)

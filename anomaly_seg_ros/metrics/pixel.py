@@ -298,10 +298,15 @@ class PixelCurve:
     @classmethod
     def of(cls, positives: FloatArray, negatives: FloatArray) -> 'PixelCurve':
         """Make the curve of scores that are in memory, in any order."""
+        return cls.of_sorted(positives, _sort(negatives.ravel().copy()))
+
+    @classmethod
+    def of_sorted(cls, positives: FloatArray, negatives: FloatArray) -> 'PixelCurve':
+        """Make the curve of scores that are in memory, the in-distribution ones ascending."""
         collected = PositiveScores()
         collected.update(positives)
         counted = NegativeCounts(collected.result()[0])
-        counted.update(_sort(negatives.ravel().copy()))
+        counted.update(negatives)
         return cls.from_counts(collected, counted)
 
     @property
@@ -402,4 +407,4 @@ def pixel_metrics(scores: npt.NDArray[Any], mask: npt.NDArray[Any],
                   frame_id: str = 'scores') -> PixelMetrics:
     """Return the pixel metrics of score maps in memory; arguments as ``split_scores``."""
     split = split_scores(scores, mask, frame_id)
-    return PixelMetrics.of(PixelCurve.of(split.positives, split.negatives))
+    return PixelMetrics.of(PixelCurve.of_sorted(split.positives, split.negatives))

@@ -377,7 +377,7 @@ class _Count:
     def update(self, index: int, frame: ScoredFrame) -> None:
         split = split_checked(frame.scores, frame.mask)
         self.negatives.update(split.negatives)
-        curve = PixelCurve.of(split.positives, split.negatives)
+        curve = PixelCurve.of_sorted(split.positives, split.negatives)
         own = PixelMetrics.of(curve)
         self.rows[index] = FrameRow(
             frame.frame_id, own.average_precision, own.fpr95, own.auroc, own.best_f1,
