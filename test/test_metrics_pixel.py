@@ -136,6 +136,20 @@ def test_script_figures_equal_scikit_learns_curves(pairs):
         expected.min() if level == 1 else expected.max(), rel=0, abs=1e-12)
 
 
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('shape', [(60, 100), (100, 150), (512, 1024)])
+def test_repeated_negative_float16_scores(seed, shape):
+    """numpy 2.4 leaves some such arrays unsorted on processors with AVX-512 ICL."""
+    random = np.random.default_rng(seed)
+    scores = random.choice(np.array([-2.5, -1.5, -.5], np.float16), shape)
+    mask = (random.random(shape) < .3).astype(np.uint8)
+    metrics = pixel_metrics(scores, mask)
+    labels, values = mask.ravel(), scores.astype(np.float64).ravel()
+    assert metrics.average_precision == pytest.approx(
+        average_precision_score(labels, values), rel=0, abs=1e-12)
+    assert metrics.auroc == pytest.approx(roc_auc_score(labels, values), rel=0, abs=1e-12)
+
+
 def test_worked_by_hand():
     scores = np.array([[.9, .8, .8, .4, .3, .2, .1]], np.float32)
     mask = np.array([[1, 1, 0, 0, 1, 0, 255]], np.uint8)

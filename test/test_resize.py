@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resizing against Pillow, and against sums of whole numbers written out."""
 
-from anomaly_seg_ros.graph_variants import _blur
+from anomaly_seg_ros.graph_variants import _blur, on_device
+from anomaly_seg_ros.preprocess import Preprocessor
 from anomaly_seg_ros.resize import bilinear_taps, nearest_taps, Resizer, Smoothing, smoothing
+from cards import card
 import cv2
 from hypothesis import given, settings, strategies as st
 import numpy as np
@@ -107,6 +109,29 @@ def test_the_graphs_blur_is_opencvs(frame_hw: tuple[int, int], scale_y: float, s
     assert sum(along_x) == sum(along_y) == 256
     got = _blur(torch.from_numpy(image).permute(2, 0, 1).float(), along_x, along_y)
     np.testing.assert_array_equal(got.permute(1, 2, 0).numpy(), wanted.reshape(image.shape))
+
+
+@pytest.mark.parametrize('frame_hw', [(24, 40), (30, 50), (48, 80), (61, 99), (96, 160),
+                                      (192, 320), (200, 330), (12, 160)])
+@pytest.mark.parametrize('resize', ['antialiased', 'bilinear'])
+def test_a_device_graph_sees_what_a_host_graph_sees(frame_hw: tuple[int, int],
+                                                    resize: str) -> None:
+    """To the last grey level, at scales with halvings, with a blur, and with neither."""
+    torch = pytest.importorskip('torch')
+
+    class Red(torch.nn.Module):
+        def forward(self, image):
+            return torch.zeros(1, 24, 40, dtype=torch.uint8), image[:, 0]
+
+    host = card(resize=resize)
+    device = card(resize=resize, input_variant='device', frame_size_hw=frame_hw,
+                  output_size_hw=frame_hw)
+    image = noise(frame_hw)
+    seen = []
+    graph = on_device(Red(), device, (24, 40))
+    graph.fused.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    graph(torch.from_numpy(image))
+    np.testing.assert_allclose(seen[0].numpy(), Preprocessor(host)(image), atol=1e-6)
 
 
 def test_buffers_are_reused_without_traces_of_the_frame_before() -> None:

@@ -101,6 +101,9 @@ class SmiycPixel:
                 np.cumsum(np.sum([bins.negatives for bins in frames], axis=0)),
                 positives, negatives)
         thresholds = np.concatenate([bins.lower_edges for bins in frames])
+        if not thresholds.size:
+            return SmiycPixelMetrics(None, None, None, None, None, None,
+                                     'the scores are too large for their type to make bins')
         # The default sort on purpose: where frames share their highest score, the reference's
         # figures depend on how this very call orders equal edges.
         order = np.argsort(thresholds)[::-1]
@@ -327,7 +330,7 @@ def pytorch_ood_per_image(splits: list[SplitScores]) -> PytorchOodMetrics | None
         return None
     autc = [row.autc for row in rows if row.autc is not None]
     return PytorchOodMetrics(
-        _mean([row.auroc for row in rows]), _mean(autc) if autc else None,
+        _mean([row.auroc for row in rows]), _mean(autc) if len(autc) == len(rows) else None,
         _mean([row.aupr_in for row in rows]), _mean([row.aupr_out for row in rows]),
         _mean([row.fpr95 for row in rows]))
 
@@ -348,7 +351,8 @@ def torchmetrics_curve(split: SplitScores) -> PixelCurve:
 
 def _sigmoid(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     with np.errstate(over='ignore'):
-        return (1 / (1 + np.exp(-values))).astype(np.float32, copy=False)
+        # numpy's float32 exp is up to 3 ulp off, torch's 1: which scores tie depends on it.
+        return 1 / (1 + np.exp(-values.astype(np.float64)).astype(np.float32))
 
 
 # S2M, github.com/WenjieZhao1/S2M

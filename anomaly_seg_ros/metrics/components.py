@@ -127,6 +127,8 @@ class ComponentCounts:
         kept_truth_ids = _drop_small(truth_ids, self.track.minimum_truth)
         # Small ground truth becomes void, for the predictions on it too.
         valid = (truth_ids == 0) | (kept_truth_ids > 0)
+        if self.smiyc and truth.size - np.count_nonzero(truth) < self.track.minimum_truth:
+            valid = kept_truth_ids > 0  # it takes the background for a component, too small
         self._add(kept_truth_ids[valid], predicted_ids[valid])
 
     def merge(self, other: 'ComponentCounts') -> None:

@@ -92,7 +92,11 @@ def check_frame(scores: npt.NDArray[Any], mask: npt.NDArray[Any], frame_id: str)
 
 def _sort(values: npt.NDArray[Any]) -> FloatArray:
     """Sort a 1-d array in place, ascending, and return it."""
-    values.sort()
+    if values.dtype == np.float16:
+        # Not as float16: numpy 2.4 leaves repeated negative numbers unsorted with AVX-512 ICL.
+        values[:] = np.sort(values.astype(np.float32))
+    else:
+        values.sort()
     values += values.dtype.type(0)  # -0.0 becomes 0.0: equal scores, equal bits
     return values
 
@@ -118,8 +122,9 @@ class PositiveScores:
 
     def update(self, positives: FloatArray) -> None:
         """Add the scores of one frame's anomalous pixels (float, any order)."""
-        values, counts = np.unique(_sort(positives.ravel().copy()), return_counts=True)
-        self._add(values, counts.astype(np.int64))
+        ordered = _sort(positives.ravel().copy())
+        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:ordered.size])
+        self._add(ordered[first], np.diff(first, append=ordered.size))
 
     def merge(self, other: 'PositiveScores') -> None:
         """Add what ``other`` collected."""
@@ -239,7 +244,7 @@ def _by_value(parts: list[FloatArray],
     for starts, ends in pairwise(zip(*cuts, strict=True)):
         scores = np.concatenate([part[start:end] for part, start, end in
                                  zip(parts, starts[:-1], ends[:-1], strict=True)])
-        scores.sort()
+        _sort(scores)
         yield slice(starts[-1], ends[-1]), scores
 
 
