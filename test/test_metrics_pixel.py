@@ -139,7 +139,7 @@ def test_script_figures_equal_scikit_learns_curves(pairs):
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('shape', [(60, 100), (100, 150), (512, 1024)])
 def test_repeated_negative_float16_scores(seed, shape):
-    """numpy 2.4 leaves some such arrays unsorted on processors with AVX-512 ICL."""
+    """Some such arrays stay unsorted in numpy 2.4 on processors with AVX-512 ICL."""
     random = np.random.default_rng(seed)
     scores = random.choice(np.array([-2.5, -1.5, -.5], np.float16), shape)
     mask = (random.random(shape) < .3).astype(np.uint8)
