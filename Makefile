@@ -33,7 +33,7 @@ $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet -e '.[$(ROS_EXTRA)report,export,networks,openvino,submission,test]'
+	$(BIN)/python -m pip install --quiet -e '.[$(ROS_EXTRA)report,export,networks,openvino,ray,submission,test]'
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## synthetic drive -> bag -> the real node -> metrics, latency, report
