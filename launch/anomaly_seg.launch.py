@@ -7,10 +7,9 @@ Start the node, and on request rviz2 or the Foxglove bridge.
 
 import os
 
-from ament_index_python.packages import get_package_share_directory
+from ament_index_python.packages import get_package_prefix, get_package_share_directory
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
-from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
@@ -51,31 +50,41 @@ def generate_launch_description() -> LaunchDescription:
     if not any(name in os.environ for name in PROFILE_VARIABLES):
         actions += [SetEnvironmentVariable(name, os.path.join(config, 'fastdds.xml'))
                     for name in PROFILE_VARIABLES]
-    actions += [
-        OpaqueFunction(function=start_node),
-        Node(package='rviz2', executable='rviz2', name='rviz2',
-             arguments=['-d', os.path.join(config, 'anomaly_seg.rviz')],
-             condition=IfCondition(LaunchConfiguration('rviz'))),
-        Node(package='foxglove_bridge', executable='foxglove_bridge', name='foxglove_bridge',
-             condition=IfCondition(LaunchConfiguration('foxglove')))]
-    return LaunchDescription(actions)
+    return LaunchDescription([*actions, OpaqueFunction(function=start)])
 
 
-def start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
-    """Return the node; an argument that was not given leaves the parameter file its say."""
+def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    """
+    Return the node and the viewers; all arguments are checked before any of them starts.
+
+    A launch that fails with a process on its way leaves that process running.
+    """
     def value(name: str) -> str:
         return LaunchConfiguration(name).perform(context)
 
+    config = os.path.join(get_package_share_directory('anomaly_seg_ros'), 'config')
+    # An argument that was not given leaves the parameter file its say.
     given = {name: value(name) for name in PARAMETERS if value(name)}
     parameters = {name: text if name in ('model', 'image_transport') else boolean(name, text)
                   for name, text in given.items()}
-    return [Node(
+    # launch_ros would only warn, and the node start on its defaults.
+    if not os.path.isfile(value('params_file')):
+        raise ValueError(f'launch argument params_file: no file {value("params_file")!r}')
+    actions: list[LaunchDescriptionEntity] = [Node(
         package='anomaly_seg_ros', executable='anomaly_seg', name=value('name'),
         namespace=value('namespace'), output='screen', emulate_tty=True,
         ros_arguments=['--log-level', value('log_level')],
         parameters=[value('params_file'), parameters],
         remappings=[('~/input/image', value('image')),
                     ('~/input/camera_info', value('camera_info'))])]
+    for argument, package, arguments in (
+            ('rviz', 'rviz2', ['-d', os.path.join(config, 'anomaly_seg.rviz')]),
+            ('foxglove', 'foxglove_bridge', [])):
+        if boolean(argument, value(argument)):
+            get_package_prefix(package)  # raises where it is not installed
+            actions.append(Node(package=package, executable=package, name=package,
+                                arguments=arguments))
+    return actions
 
 
 def boolean(name: str, text: str) -> bool:

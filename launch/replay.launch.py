@@ -8,12 +8,11 @@ Play a bag in rviz2 or Foxglove: a result bag by itself, or any bag through the 
 
 import os
 
-from ament_index_python.packages import get_package_share_directory
-from launch import LaunchDescription
+from ament_index_python.packages import get_package_prefix, get_package_share_directory
+from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import (
-    DeclareLaunchArgument, ExecuteProcess, GroupAction, IncludeLaunchDescription,
+    DeclareLaunchArgument, ExecuteProcess, GroupAction, IncludeLaunchDescription, OpaqueFunction,
     SetEnvironmentVariable)
-from launch.conditions import IfCondition
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
@@ -22,6 +21,8 @@ from launch_ros.actions import Node
 ARGUMENTS = {
     'bag': (None, 'The bag: folder or file.'),
     'rate': ('1.0', 'How many times as fast as recorded.'),
+    'delay': ('', 'Seconds before the first message; by default 3 with the node, which has to '
+                  'load its model, else 0.'),
     'node': ('false', 'Run the node on the bag. A result bag holds its outputs already.'),
     'model': ('', 'Model file for the node; by default the bundled one.'),
     'image': ('/camera/image_raw', 'Topic of the camera image in the bag.'),
@@ -33,28 +34,48 @@ PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES
 
 def generate_launch_description() -> LaunchDescription:
     """Return what ``ros2 launch`` carries out."""
-    share = get_package_share_directory('anomaly_seg_ros')
-    config = os.path.join(share, 'config')
-    value = {name: LaunchConfiguration(name) for name in ARGUMENTS}
+    config = os.path.join(get_package_share_directory('anomaly_seg_ros'), 'config')
     actions = [DeclareLaunchArgument(name, default_value=default, description=description)
                for name, (default, description) in ARGUMENTS.items()]
     if not any(name in os.environ for name in PROFILE_VARIABLES):
         actions += [SetEnvironmentVariable(name, os.path.join(config, 'fastdds.xml'))
                     for name in PROFILE_VARIABLES]
-    actions += [
-        Node(package='rviz2', executable='rviz2', name='rviz2',
-             arguments=['-d', os.path.join(config, 'anomaly_seg.rviz')],
-             condition=IfCondition(value['rviz'])),
-        Node(package='foxglove_bridge', executable='foxglove_bridge', name='foxglove_bridge',
-             condition=IfCondition(value['foxglove'])),
+    return LaunchDescription([*actions, OpaqueFunction(function=start)])
+
+
+def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    """
+    Return the node, the viewers and the bag; what can be wrong is checked before any starts.
+
+    A launch that fails with a process on its way leaves that process running.
+    """
+    share = get_package_share_directory('anomaly_seg_ros')
+    value = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    actions: list[LaunchDescriptionEntity] = []
+    # The node first: its launch file checks its own arguments.
+    if boolean('node', value['node']):
         # A group, because the arguments of an included file hold in this one as well.
-        GroupAction([IncludeLaunchDescription(
+        actions.append(GroupAction([IncludeLaunchDescription(
             PythonLaunchDescriptionSource(
                 os.path.join(share, 'launch', 'anomaly_seg.launch.py')),
             launch_arguments=[('model', value['model']), ('image', value['image']),
                               ('use_sim_time', 'true'), ('rviz', 'false'),
-                              ('foxglove', 'false')])],
-            condition=IfCondition(value['node'])),
-        ExecuteProcess(cmd=['ros2', 'bag', 'play', value['bag'], '--clock',
-                            '--rate', value['rate']], output='screen')]
-    return LaunchDescription(actions)
+                              ('foxglove', 'false')])]))
+    for argument, package, arguments in (
+            ('rviz', 'rviz2', ['-d', os.path.join(share, 'config', 'anomaly_seg.rviz')]),
+            ('foxglove', 'foxglove_bridge', [])):
+        if boolean(argument, value[argument]):
+            get_package_prefix(package)  # raises where it is not installed
+            actions.append(Node(package=package, executable=package, name=package,
+                                arguments=arguments))
+    delay = value['delay'] or ('3' if boolean('node', value['node']) else '0')
+    return [*actions, ExecuteProcess(
+        cmd=['ros2', 'bag', 'play', value['bag'], '--clock', '--rate', value['rate'],
+             '--delay', delay], output='screen')]
+
+
+def boolean(name: str, text: str) -> bool:
+    """Read a launch argument that is true or false."""
+    if text.lower() not in ('true', 'false'):
+        raise ValueError(f'launch argument {name} must be true or false, got {text!r}')
+    return text.lower() == 'true'

@@ -177,11 +177,19 @@ def test_the_launch_file_leaves_a_profile_of_the_user_alone(prefix: Path,
         assert text.count('DeclareLaunchArgument') == 12
 
 
-def test_a_wrong_argument_is_told(prefix: Path, domain_id: int) -> None:
-    process = launch(prefix, domain_id, 'autostart:=maybe')
+@pytest.mark.parametrize(('argument', 'said'), [
+    ('autostart:=maybe', 'launch argument autostart must be true or false'),
+    ('rviz:=maybe', 'launch argument rviz must be true or false'),
+    ('rviz:=true', "package 'rviz2' not found"),
+    ('foxglove:=true', "package 'foxglove_bridge' not found"),
+    ('params_file:=/nowhere.yaml', "launch argument params_file: no file '/nowhere.yaml'")])
+def test_a_wrong_argument_is_told_before_anything_starts(prefix: Path, domain_id: int,
+                                                         argument: str, said: str) -> None:
+    process = launch(prefix, domain_id, argument)
     text = process.communicate(timeout=60)[0]
-    assert 'launch argument autostart must be true or false' in text
+    assert said in text
     assert process.returncode != 0
+    assert 'process started' not in text
 
 
 def test_the_replay_launch_file_plays_a_bag_through_the_node(prefix: Path,
@@ -203,7 +211,7 @@ def test_the_replay_launch_file_plays_a_bag_through_the_node(prefix: Path,
                 break
         assert client.diagnostics.get('node.state') == 'active', finish(process)
         assert client.diagnostics['input.topic'] == '/camera/image_raw'
-        assert (prefix / 'played').read_text() == 'bag play /some/bag --clock --rate 2.0\n'
+        assert (prefix / 'played').read_text() == 'bag play /some/bag --clock --rate 2.0 --delay 3\n'
     finally:
         client.close()
         finish(process)

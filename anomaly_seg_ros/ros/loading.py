@@ -59,7 +59,8 @@ def read_model(path: str) -> ModelFile:
         If it is missing, damaged or no model.
 
     """
-    return load_model_file(path or resource(BUNDLED_MODEL))
+    # A launch argument model:=~/net.onnx arrives as it is: the shell expands words that begin so.
+    return load_model_file(Path(path).expanduser() if path else resource(BUNDLED_MODEL))
 
 
 def open_model(model: ModelFile, parameters: NodeParameters,

@@ -387,7 +387,11 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda number, frame: None)
     # The longest that a thread waits for Python's lock; 5 ms by default, too long for a frame.
     sys.setswitchinterval(5e-4)
-    rclpy.init(args=args)
+    try:
+        rclpy.init(args=args)
+    except RuntimeError as error:  # a parameter file, remapping or log level that rcl cannot read
+        print(f'anomaly_seg: {error}', file=sys.stderr)
+        return 2
     try:
         node = AnomalySegNode()
     except UserError as error:
