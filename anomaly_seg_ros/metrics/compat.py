@@ -352,7 +352,8 @@ def torchmetrics_curve(split: SplitScores) -> PixelCurve:
 def _sigmoid(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     with np.errstate(over='ignore'):
         # numpy's float32 exp is up to 3 ulp off, torch's 1: which scores tie depends on it.
-        return 1 / (1 + np.exp(-values.astype(np.float64)).astype(np.float32))
+        exponential = np.exp(-values.astype(np.float64)).astype(np.float32)
+        return np.reciprocal(1 + exponential)
 
 
 # S2M, github.com/WenjieZhao1/S2M
