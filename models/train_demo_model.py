@@ -4,22 +4,22 @@
 Train the bundled model on the synthetic world, and measure it on drives it has not seen.
 
 Trained on single scenes of the synthetic world (no obstacle in any of them), with cross-entropy
-on the 19 Cityscapes train ids and with outlier exposure (Hendrycks et al., ICLR 2019): flat
-cut-outs with mathematical patterns or recoloured pieces of other scenes are pasted in, and
-logsumexp of the logits is trained by logistic loss to be positive on known and negative on pasted
-pixels (the energy score of Liu et al., NeurIPS 2020, as a binary classifier, as in Du et al.,
-ICLR 2022). The test drives' obstacles (shapes, textures, renderers in
+on the 19 Cityscapes train ids and with outlier exposure (Hendrycks et al., ICLR 2019): solids of no
+kind stand in the scenes, flat cut-outs with mathematical patterns or recoloured pieces of other
+scenes are pasted in, and logsumexp of the logits is trained by logistic loss to be positive on
+known and negative on these pixels (the energy score of Liu et al., NeurIPS 2020, as a binary
+classifier, as in Du et al., ICLR 2022). The test drives' obstacles (shapes, textures, renderers in
 ``synthetic/obstacles.py``) are never used in training, and neither are the drives' house fronts,
 trees and people.
 
-The bundled weights come from two runs: one from scratch at the defaults, and a shorter one that
-goes on from its weights with rare classes and outliers weighted otherwise:
+The bundled weights come from four runs, each going on from the weights of the one before:
 
     python models/train_demo_model.py --output first
-    python models/train_demo_model.py --start-from first/demo_weights.safetensors SECOND
+    python models/train_demo_model.py --start-from first/demo_weights.safetensors --output second ...
 
-where SECOND stands for ``--seed 2 --steps 1700 --lr 0.0012 --whole-from 0.3
---class-weight-power 0.12 --outlier-weight 0.6 --prior-correction 0.5``.
+The log has the options of each. The first started from scratch; the solids, which matter most, came
+with the fourth (``--seed 5 --steps 2600 --lr 0.002 --whole-from 0.55 --class-weight-power 0.12
+--outlier-weight 0.6 --prior-correction 0.5 --scenes 3200 --first-scene 200000``).
 
 Writes weights (float16 safetensors), ``demo_model.json`` with everything an export needs, and a
 log with losses, seed, versions, machine and final scores.
@@ -41,7 +41,7 @@ from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.files import atomic_write, atomic_write_text, sha256_file
 from anomaly_seg_ros.networks.roadnet import parameter_count, RoadNet
 from anomaly_seg_ros.synthetic import CLASSES_USED, random_scene, SyntheticDrive
-from anomaly_seg_ros.synthetic.outliers import OUTLIER, paste_outliers
+from anomaly_seg_ros.synthetic.outliers import INLIER, OUTLIER, paste_outliers
 import cv2
 import numpy as np
 import torch
@@ -60,6 +60,9 @@ RENDERED_HW = ((360, 640), (540, 960), (720, 1280))
 RENDERED_SHARE = (0.45, 0.3, 0.25)
 # Added to the logits of classes that the world does not have, in place of their learnt bias.
 UNSEEN_LOGIT = -30.0
+# Share of the scenes with solids (``synthetic/solids.py``), and their label in stored scenes.
+SOLIDS_SHARE = 0.6
+SOLID = 254
 CALIBRATION_SEED = 900
 TEST_SEEDS = (2026, 7, 11, 23, 42, 5, 101, 102)
 SCORES = ('max_logit', 'msp', 'entropy', 'energy')
@@ -68,11 +71,15 @@ SCORES = ('max_logit', 'msp', 'entropy', 'energy')
 def make_scene(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return one training scene: image uint8 (360, 640, 3) and labels uint8 (360, 640)."""
     cv2.setNumThreads(1)
-    size = RENDERED_HW[np.random.default_rng([seed, 4]).choice(3, p=RENDERED_SHARE)]
-    frame = random_scene(seed, size)
-    if frame.labels is None:
+    rng = np.random.default_rng([seed, 4])
+    size = RENDERED_HW[rng.choice(3, p=RENDERED_SHARE)]
+    solids = int(rng.integers(1, 5)) if rng.random() < SOLIDS_SHARE else 0
+    frame = random_scene(seed, size, solids)
+    if frame.labels is None or frame.anomaly_mask is None:
         raise ValueError('a scene without labels')
-    image, labels = frame.image_rgb, frame.labels
+    image, labels = frame.image_rgb, frame.labels.copy()
+    labels[frame.anomaly_mask == 255] = 255
+    labels[frame.anomaly_mask == 1] = SOLID
     if size != STORED_HW:
         wh = (STORED_HW[1], STORED_HW[0])
         image = cv2.resize(image, wh, interpolation=cv2.INTER_LINEAR)
@@ -153,8 +160,11 @@ class Augmenter:
         if rng.random() < 0.5:
             image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
         other = self._images[int(rng.integers(len(self._images)))]
+        solid = labels == SOLID
+        labels[solid] = 255
         count = int(rng.integers(1, 5)) if rng.random() < 0.8 else 0
         marks = paste_outliers(rng, image, labels, other, count)
+        marks[solid & (marks == INLIER)] = OUTLIER
         gain = rng.uniform(0.75, 1.3) * rng.uniform(0.93, 1.07, 3)
         table = np.arange(256)[:, None] / 255
         table = np.clip(table ** math.exp(rng.uniform(-0.25, 0.25)) * gain, 0, 1) * 255

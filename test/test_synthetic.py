@@ -16,6 +16,7 @@ from anomaly_seg_ros.synthetic.camera import clip_near, NEAR_M, Pose, View
 from anomaly_seg_ros.synthetic.drive import training_world
 from anomaly_seg_ros.synthetic.obstacles import make_obstacle
 from anomaly_seg_ros.synthetic.render import make_view, render
+from anomaly_seg_ros.synthetic.solids import SOLIDS
 from anomaly_seg_ros.synthetic.textures import noise_tile
 from anomaly_seg_ros.synthetic.world import make_world, ROAD, SIDEWALK, SKY, World
 import cv2
@@ -119,10 +120,25 @@ def test_training_scenes_have_no_anomaly():
         assert (frame.labels == 255).mean() < 0.005
 
 
+def test_solids_stand_in_training_scenes_on_request():
+    found = 0
+    for seed in range(6):
+        bare, frame = random_scene(seed, SIZE), random_scene(seed, SIZE, 3)
+        solid = frame.anomaly_mask == 1
+        found += solid.any()
+        assert (frame.labels[solid] == 255).all()
+        assert set(np.unique(frame.labels)) <= {*CLASSES_USED, 255}
+        # Besides the solids and their shadows, and who would run into one, nothing differs.
+        assert (frame.labels == bare.labels).mean() > 0.5
+        assert digest(frame) == digest(random_scene(seed, SIZE, 3))
+    assert found >= 4
+
+
 def test_training_never_imports_the_obstacles_shapes():
-    assert not set(outliers.SHAPES) & set(obstacles.SHAPES)
+    assert not {*outliers.SHAPES, *SOLIDS} & set(obstacles.SHAPES)
     assert not {*outliers.TEXTURES, outliers.SCRAMBLED} & set(obstacles.TEXTURES)
-    drawn = {f.__code__ for f in (*outliers.SHAPES.values(), *outliers.TEXTURES.values())}
+    drawn = {f.__code__ for f in (*outliers.SHAPES.values(), *outliers.TEXTURES.values(),
+                                  *SOLIDS.values())}
     shown = {f.__code__ for f in (*obstacles.MESHES.values(), *obstacles.TEXTURES.values())}
     assert not drawn & shown
 

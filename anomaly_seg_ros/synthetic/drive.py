@@ -8,7 +8,7 @@ from pathlib import Path
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.synthetic.camera import Pose
-from anomaly_seg_ros.synthetic.obstacles import make_obstacle
+from anomaly_seg_ros.synthetic.obstacles import make_obstacle, make_solid
 from anomaly_seg_ros.synthetic.render import make_view, render
 from anomaly_seg_ros.synthetic.world import Item, make_world, World
 import numpy as np
@@ -83,6 +83,8 @@ class SyntheticDrive(FrameSource):
         self._horizon = float(rng.uniform(0.43, 0.5))
         self._phases = rng.uniform(0, 2 * math.pi, 8)
         self._duration = frames / rate_hz
+        self.world = _with_people_and_signs(np.random.default_rng([seed, 5]), self.world, length,
+                                            _TEST_BANKS + seed % 1000)
         self.obstacles: tuple[Item, ...] = ()
         if anomalies:
             self.obstacles = _place_obstacles(np.random.default_rng([seed, 2]), self.world, length)
@@ -136,6 +138,31 @@ class SyntheticDrive(FrameSource):
         return Frame(self._frame_ids[index], image, mask, labels, round(time_s * 1e9))
 
 
+def _with_people_and_signs(rng: np.random.Generator, world: World, length_m: float,
+                           bank: int) -> World:
+    """
+    Add a person and, where there is none, a sign to every 15 m: a drive shows all classes.
+
+    The people walk where no parked car hides them: before the cars, or at the kerb.
+    """
+    added = []
+    for start in np.arange(10.0, length_m, 15.0):
+        side = 1.0 if rng.random() < 0.5 else -1.0
+        kerb = world.kerbs_d[1] if side > 0 else -world.kerbs_d[0]
+        lane = max(world.lanes) + world.lane_width_m / 2
+        edge = lane if kerb - lane > 1 else kerb + rng.uniform(0.5, 1.2)
+        added.append(Item('person', float(start + rng.uniform(0, 15)), side * edge,
+                          int(bank * 1000 + rng.integers(40)),
+                          (0, 0, float(rng.uniform(1.5, 1.9))),
+                          speed=float(rng.choice((-1, 1)) * rng.uniform(0.9, 1.6))))
+        sign = Item('sign', float(start + rng.uniform(0, 15)),
+                    side * (kerb + rng.uniform(0.4, 0.8)), int(rng.integers(1000)),
+                    (0, 0, float(rng.uniform(2.2, 2.8))))
+        if not any(item.kind == 'sign' and 0 <= item.s - start < 15 for item in world.items):
+            added.append(sign)
+    return replace(world, items=world.items + tuple(added))
+
+
 def _place_obstacles(rng: np.random.Generator, world: World, length_m: float
                      ) -> tuple[Item, ...]:
     low, high = world.kerbs_d
@@ -176,9 +203,11 @@ def _collides(item: Item, pose: Pose, time_s: float) -> bool:
         item.kind == 'person' and abs(ahead) < 1.5 and abs(item.d - pose.d) < 1.2)
 
 
-def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
+def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640), solids: int = 0) -> Frame:
     """
     Paint one moment of a world of its own, for training; it never holds an obstacle.
+
+    ``solids`` things of no kind stand on and beside the road, masked as obstacles are.
 
     Every second scene is a street like those of drives, the others are of all kinds. The camera's
     height, tilt, focal length and place in the road vary more than in a drive, and more people
@@ -197,6 +226,12 @@ def random_scene(seed: int, size_hw: tuple[int, int] = (352, 640)) -> Frame:
     time_s = float(rng.uniform(0, 2))
     world = replace(world, items=tuple(item for item in world.items
                                        if not _collides(item, pose, time_s)))
+    if solids:
+        things = np.random.default_rng([seed, 6])
+        placed = tuple(make_solid(things, pose.s + 2.5 * 16 ** float(things.random()),
+                                  float(things.uniform(low - 1.5, high + 1.5)))
+                       for _ in range(solids))
+        world = _with_obstacles(world, placed, 2.0)
     view = make_view(world, pose, size_hw, float(rng.uniform(0.68, 0.98)),
                      float(rng.uniform(0.40, 0.54)))
     image, labels, mask = render(world, view, time_s, (seed,))
@@ -209,6 +244,7 @@ def training_world(seed: int, rng: np.random.Generator | None = None) -> World:
         rng = np.random.default_rng([seed, 3])
     bank = _TRAINING_BANKS + seed // 25 % 1000
     if seed % 2:
-        return make_world(rng, 190.0, str(rng.choice(_WEATHERS)), ('suburb', 'suburb'), bank,
-                          parking_share=0.9, people=3.0)
+        world = make_world(rng, 190.0, str(rng.choice(_WEATHERS)), ('suburb', 'suburb'), bank,
+                           parking_share=0.9, people=3.0)
+        return _with_people_and_signs(rng, world, 60.0, bank)
     return make_world(rng, 190.0, bank=bank, people=2.0)

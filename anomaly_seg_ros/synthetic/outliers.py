@@ -62,6 +62,8 @@ def _two(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     a, b = rng.uniform(5, 250, 3), rng.uniform(5, 250, 3)
     if rng.random() < 0.4:  # greyish
         a, b = a * 0.25 + a.mean() * 0.75, b * 0.25 + b.mean() * 0.75
+    if rng.random() < 0.25:  # nearly plain
+        b = a * rng.uniform(0.8, 1.2)
     return a.astype(np.float32), b.astype(np.float32)
 
 
@@ -183,13 +185,13 @@ def _paste(rng: Rng, image: np.ndarray, marks: np.ndarray,
     cut = (slice(b0 - v0, b1 - v0), slice(a0 - u0, a1 - u0))
     area = (slice(b0, b1), slice(a0, a1))
     mask, patch = mask[cut], patch[cut]
-    # Light it like its surroundings, brighter on one side.
+    # Light it like its surroundings, brighter on one side; three in ten are much darker.
     around = float(image[area].mean())
     patch *= (around / max(float(patch.mean()), 8.0)) ** rng.uniform(0.3, 1.0)
     slope = np.linspace(rng.uniform(0.9, 1.4), rng.uniform(0.5, 1.0), patch.shape[0])
     lean = np.linspace(rng.uniform(0.7, 1.2), rng.uniform(0.7, 1.2), patch.shape[1])
-    patch *= (slope[:, None, None] * lean[None, :, None] * rng.uniform(0.6, 1.5)
-              ).astype(np.float32)
+    brightness = rng.uniform(0.6, 1.5) if rng.random() < 0.7 else rng.uniform(0.12, 0.6)
+    patch *= (slope[:, None, None] * lean[None, :, None] * brightness).astype(np.float32)
     if rng.random() < 0.6:
         _cast_shadow(rng, image, u, v, wide, tall)
     alpha = cv2.GaussianBlur(mask, (3, 3), 0.5).astype(np.float32)[..., None] / 255
