@@ -4,8 +4,8 @@
 Train the bundled model on the synthetic world, and measure it on drives it has not seen.
 
 Trained on single scenes of the synthetic world (no obstacle in any of them), with cross-entropy
-on the 19 Cityscapes train ids and with outlier exposure (Hendrycks et al., ICLR 2019): solids of no
-kind stand in the scenes, flat cut-outs with mathematical patterns or recoloured pieces of other
+on the 19 Cityscapes train ids and with outlier exposure (Hendrycks et al., ICLR 2019): solids of
+no kind stand in the scenes, flat cut-outs with mathematical patterns or recoloured pieces of other
 scenes are pasted in, and logsumexp of the logits is trained by logistic loss to be positive on
 known and negative on these pixels (the energy score of Liu et al., NeurIPS 2020, as a binary
 classifier, as in Du et al., ICLR 2022). The test drives' obstacles (shapes, textures, renderers in
@@ -15,11 +15,12 @@ trees and people.
 The bundled weights come from four runs, each going on from the weights of the one before:
 
     python models/train_demo_model.py --output first
-    python models/train_demo_model.py --start-from first/demo_weights.safetensors --output second ...
+    python models/train_demo_model.py --output second --start-from first/demo_weights.safetensors
 
-The log has the options of each. The first started from scratch; the solids, which matter most, came
-with the fourth (``--seed 5 --steps 2600 --lr 0.002 --whole-from 0.55 --class-weight-power 0.12
---outlier-weight 0.6 --prior-correction 0.5 --scenes 3200 --first-scene 200000``).
+and so on. The log has the options of each. The first started from scratch; the solids, which
+matter most, came with the fourth (``--seed 5 --steps 2600 --lr 0.002 --whole-from 0.55
+--class-weight-power 0.12 --outlier-weight 0.6 --prior-correction 0.5 --scenes 3200
+--first-scene 200000``).
 
 Writes weights (float16 safetensors), ``demo_model.json`` with everything an export needs, and a
 log with losses, seed, versions, machine and final scores.
