@@ -6,7 +6,8 @@ Camera frames to the network's input size, to the bit the same on every machine.
 ``antialiased`` weighs all pixels that a place stands for, as Pillow and torchvision do where
 networks are trained: a triangle whose half-width is the scale. Its variance is split up: means of
 2x2 pixels while the scale is large, then a small blur, then the bilinear interpolation. At a scale
-of 2 that is Pillow's filter, (1, 3, 3, 1) / 8; at others it comes close. It takes a third to an eighth of Pillow's time.
+of 2 that is Pillow's filter, (1, 3, 3, 1) / 8; at others it comes close. It takes a third to an
+eighth of Pillow's time.
 """
 
 from dataclasses import dataclass
