@@ -122,10 +122,6 @@ def differences(name: str, expected: Any, got: Any) -> list[str]:
     if expected is None or got is None or isinstance(got, str):
         return [] if expected is got else [f'{name}: expected {expected}, got {got}']
     tolerance = 1e-9 if name.split('.')[0] in EXACT else 1e-6
-    if name.endswith('_percent'):
-        # relis sums in float32 what torch.argsort has left in any order where confidences tie:
-        # orders differ by 1e-5 percent. As a fraction the tolerance is below 1e-6 all the same.
-        tolerance = 2e-5
     if abs(expected - got) <= tolerance:
         return []
     return [f'{name}: expected {expected}, got {got}, off by {got - expected:.3g}']

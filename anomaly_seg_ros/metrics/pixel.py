@@ -123,7 +123,7 @@ class PositiveScores:
     def update(self, positives: FloatArray) -> None:
         """Add the scores of one frame's anomalous pixels (float, any order)."""
         ordered = _sort(positives.ravel().copy())
-        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:ordered.size])
+        first = _first_of_each(ordered)
         self._add(ordered[first], np.diff(first, append=ordered.size))
 
     def merge(self, other: 'PositiveScores') -> None:
@@ -152,12 +152,17 @@ class PositiveScores:
             self.result()
 
 
+def _first_of_each(ordered: FloatArray) -> IntArray:
+    """Return where in a sorted array each distinct value begins."""
+    return np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[:ordered.size])
+
+
 def _union(parts: Iterable[tuple[FloatArray, IntArray]]) -> tuple[FloatArray, IntArray]:
     values = np.concatenate([values for values, _ in parts])
     counts = np.concatenate([counts for _, counts in parts])
     order = np.argsort(values, kind='stable')
     values = values[order]
-    first = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    first = _first_of_each(values)
     return values[first], np.add.reduceat(counts[order], first)
 
 

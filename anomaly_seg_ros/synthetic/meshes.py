@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small polygon models: boxes, lofted vehicles, and how they are lit and painted."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -13,6 +13,9 @@ import cv2
 import numpy as np
 
 _CORNERS = 12
+
+Rings = Sequence[tuple[np.ndarray, float, np.ndarray, np.ndarray]]
+ColourAt = Callable[[int, int], Sequence[float] | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,23 @@ class MeshBuilder:
                      [(x1, y0, z0), (x1, y1, z0), (x1, y1, z1), (x1, y0, z1)],
                      [(x0, y1, z0), (x0, y1, z1), (x1, y1, z1), (x1, y1, z0)]):
             self.face(np.array(face), colour, centre, bias, gloss)
+
+    def tube(self, rings: Rings, sides: int, colour_at: ColourAt) -> None:
+        """
+        Add a tube, open at its ends.
+
+        ``rings`` are (centre, radius, axis u, axis v); ``colour_at`` gives the colour of the face
+        behind a ring on a side.
+        """
+        angles = np.arange(sides + 1) * (2 * math.pi / sides)
+        loops = [c + r * (np.cos(angles)[:, None] * u + np.sin(angles)[:, None] * v)
+                 for c, r, u, v in rings]
+        for k in range(len(loops) - 1):
+            middle = (rings[k][0] + rings[k + 1][0]) / 2
+            for j in range(sides):
+                quad = np.array([loops[k][j], loops[k][j + 1], loops[k + 1][j + 1],
+                                 loops[k + 1][j]])
+                self.face(quad, colour_at(k, j), middle)
 
     def disc(self, centre: tuple[float, float, float], radius: float, side: float,
              colour: tuple[float, ...], bias: float = 0.0) -> None:

@@ -107,19 +107,6 @@ def texture_mips(name: str, seed: int) -> list[np.ndarray]:
     return mip_levels(np.clip(image, 0, 255).astype(np.uint8))
 
 
-def _tube(build: MeshBuilder, rings: list[tuple[np.ndarray, float, np.ndarray, np.ndarray]],
-          sides: int, colour_at: Callable[[int, int], tuple[float, ...]]) -> None:
-    """Add a tube through rings of (centre, radius, axis u, axis v)."""
-    angles = np.arange(sides + 1) * (2 * math.pi / sides)
-    loops = [c + r * (np.cos(angles)[:, None] * u + np.sin(angles)[:, None] * v)
-             for c, r, u, v in rings]
-    for k in range(len(loops) - 1):
-        middle = (rings[k][0] + rings[k + 1][0]) / 2
-        for j in range(sides):
-            quad = np.array([loops[k][j], loops[k][j + 1], loops[k + 1][j + 1], loops[k + 1][j]])
-            build.face(quad, colour_at(k, j), middle)
-
-
 X, Y, Z = np.eye(3)
 
 
@@ -141,7 +128,7 @@ def _tyre(rng: Rng) -> Mesh:
         base = 30 + (18 if (k + j) % 2 and j in (0, 9) else 0) + (16 if j in (2, 3) else 0)
         return base, base, base + 2
 
-    _tube(build, rings, 10, tread)
+    build.tube(rings, 10, tread)
     return build.build()
 
 
@@ -157,8 +144,8 @@ def _barrel(rng: Rng) -> Mesh:
     else:  # on its side
         rings = [(X * (h - .45) + Y * .32, r, Y, Z) for h, r in zip(heights, radii, strict=True)]
         lid = [(X * s * .45 + Y * .32, r, Y, Z) for s, r in ((1, .29), (1, .01))]
-    _tube(build, rings, 14, lambda k, j: tuple(body * (0.62 if k in (2, 4) else 1.0)))
-    _tube(build, lid, 14, lambda k, j: tuple(body * 0.8))
+    build.tube(rings, 14, lambda k, j: tuple(body * (0.62 if k in (2, 4) else 1.0)))
+    build.tube(lid, 14, lambda k, j: tuple(body * 0.8))
     return build.build()
 
 
@@ -175,7 +162,7 @@ def _log_pile(rng: Rng) -> Mesh:
         rings = [(X * x + Y * y + Z * z, radius * rng.uniform(0.95, 1.05), Y, Z)
                  for x in (-half, -half / 3, half / 3, half)]
         tints = bark * rng.uniform(0.75, 1.15, (4, 9, 1))
-        _tube(build, rings, 9, partial(_cell, tints))
+        build.tube(rings, 9, partial(_cell, tints))
         for sign in (-1, 1):
             for share, colour in ((1.0, (206, 168, 112)), (0.6, (180, 138, 86)),
                                   (0.3, (160, 116, 70))):
@@ -213,7 +200,7 @@ def _ball(rng: Rng) -> Mesh:
              for p in np.linspace(0, math.pi, 9)]
     colours = [(232, 60, 50), (245, 245, 240), (40, 110, 220), (245, 245, 240), (250, 200, 40),
                (245, 245, 240)]
-    _tube(build, rings, 12, lambda k, j: colours[j // 2 % 6])
+    build.tube(rings, 12, lambda k, j: colours[j // 2 % 6])
     return build.build()
 
 
@@ -374,9 +361,12 @@ def make_solid(rng: Rng, s: float, d: float) -> Item:
                 yaw=float(rng.uniform(-math.pi, math.pi)), variant=str(rng.choice(list(SOLIDS))))
 
 
+_ALL_MESHES = MESHES | SOLIDS
+
+
 @lru_cache(maxsize=128)
 def _mesh(shape: str, seed: int) -> Mesh:
-    return (MESHES | SOLIDS)[shape](np.random.default_rng([seed, 95]))
+    return _ALL_MESHES[shape](np.random.default_rng([seed, 95]))
 
 
 def paint_obstacle(canvas: Canvas, item: Item) -> None:
@@ -387,7 +377,7 @@ def paint_obstacle(canvas: Canvas, item: Item) -> None:
         return
     turn = yaw_matrix(item.yaw + math.atan(view.tangent(item.s)))
     shape = item.variant
-    if shape in MESHES or shape in SOLIDS:
+    if shape in _ALL_MESHES:
         paint_mesh(canvas, _mesh(shape, item.seed), foot, turn, OBSTACLE)
     elif shape in ANIMALS:
         tint = light.ambient_rgb + light.sun_rgb * (0.6 - 0.3 * light.sun[2])

@@ -34,17 +34,13 @@ def _colours(rng: Rng) -> Colours:
 def _loft(build: MeshBuilder, rings: list[tuple[np.ndarray, float]], axes: np.ndarray,
           sides: int, colours: Colours) -> None:
     """Add a body through rings (centre, radius), which lie in the plane of ``axes`` (2, 3)."""
-    angles = np.arange(sides + 1) * (2 * math.pi / sides)
-    rim = np.cos(angles)[:, None] * axes[0] + np.sin(angles)[:, None] * axes[1]
-    loops = [centre + radius * rim for centre, radius in rings]
-    for k in range(len(rings) - 1):
-        middle = (rings[k][0] + rings[k + 1][0]) / 2
-        for j in range(sides):
-            build.face(np.array([loops[k][j], loops[k][j + 1], loops[k + 1][j + 1],
-                                 loops[k + 1][j]]), colours(k, j), middle)
+    build.tube([(centre, radius, *axes) for centre, radius in rings], sides, colours)
     body = np.mean([centre for centre, _ in rings], axis=0)
+    angles = np.arange(sides) * (2 * math.pi / sides)
+    rim = np.cos(angles)[:, None] * axes[0] + np.sin(angles)[:, None] * axes[1]
     for k in (0, len(rings) - 1):
-        build.face(loops[k][:-1], colours(k + 1, 0), body)
+        centre, radius = rings[k]
+        build.face(centre + radius * rim, colours(k + 1, 0), body)
 
 
 def _upright(rng: Rng) -> np.ndarray:
