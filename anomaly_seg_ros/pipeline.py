@@ -114,12 +114,14 @@ class Pipeline:
 
         """
         check_image(image, channel_order)
+        size_hw = size_hw or image.shape[:2]
         clock = [time.perf_counter()]
 
         if self._preprocess is None:
             network_input = self._whole_frame(image, channel_order)
         else:
-            network_input = self._preprocess(image, channel_order)
+            network_input = self._preprocess(image, channel_order,
+                                             reduced=size_hw != image.shape[:2])
         clock.append(time.perf_counter())
 
         output = self._backend.run(network_input)
@@ -128,7 +130,6 @@ class Pipeline:
             raise BadOutput(f'score {self.card.score!r} is not finite everywhere in this frame')
         clock.append(time.perf_counter())
 
-        size_hw = size_hw or image.shape[:2]
         maps = {name: out[name] if out and name in out else own.array(size_hw)
                 for name, own in self._maps.items()}
         labels, anomaly = resize_output(output.labels, output.anomaly, size_hw,

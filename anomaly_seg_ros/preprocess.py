@@ -29,7 +29,8 @@ class Preprocessor:
         self._tables = [((values - mean) / std).astype(np.float32)
                         for mean, std in zip(card.mean, card.std, strict=True)]
 
-    def __call__(self, image: np.ndarray, channel_order: str = 'rgb') -> np.ndarray:
+    def __call__(self, image: np.ndarray, channel_order: str = 'rgb',
+                 reduced: bool = False) -> np.ndarray:
         """
         Return float32 (1, 3, h, w), valid until the next call.
 
@@ -39,10 +40,12 @@ class Preprocessor:
             uint8 (H, W, 3), any size.
         channel_order
             ``rgb`` or ``bgr``: the order of ``image``.
+        reduced
+            Whether ``image`` is a reduced one of the camera's.
 
         """
         check_image(image, channel_order)
-        resized = self._resize(image)
+        resized = self._resize(image, reduced)
         swap = channel_order != self._channel_order
         for channel in range(3):
             plane = cv2.extractChannel(resized, 2 - channel if swap else channel, self._plane)

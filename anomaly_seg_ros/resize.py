@@ -54,7 +54,8 @@ class Smoothing:
 
 
 @lru_cache(maxsize=64)
-def smoothing(frame_hw: tuple[int, int], size_hw: tuple[int, int], resize: str) -> Smoothing:
+def smoothing(frame_hw: tuple[int, int], size_hw: tuple[int, int], resize: str,
+              reduced: bool = False) -> Smoothing:
     """
     Return what comes before bilinear interpolation from ``frame_hw`` to ``size_hw``.
 
@@ -64,6 +65,9 @@ def smoothing(frame_hw: tuple[int, int], size_hw: tuple[int, int], resize: str) 
         Height and width in pixels, before and after.
     resize
         ``antialiased`` or ``bilinear``.
+    reduced
+        Whether the frame is a larger one that a JPEG decoder gave at reduced size, sharp: then
+        pixels that are not interpolated, because the size is right, are smoothed as if they were.
 
     """
     if resize == 'bilinear':
@@ -72,7 +76,7 @@ def smoothing(frame_hw: tuple[int, int], size_hw: tuple[int, int], resize: str) 
     while height % 2 == width % 2 == 0 \
             and min(height / size_hw[0], width / size_hw[1]) >= HALVE_FROM:
         height, width, halvings = height // 2, width // 2, halvings + 1
-    blurs = [_blur(old / new, 2 ** halvings)
+    blurs = [_blur(old / new, 2 ** halvings, reduced)
              for old, new in ((frame_hw[1], size_hw[1]), (frame_hw[0], size_hw[0]))]
     return Smoothing(halvings, (blurs[0][0], blurs[1][0]), (blurs[0][1], blurs[1][1]))
 
@@ -88,11 +92,13 @@ class Resizer:
         self._blurred = Memory(np.uint8)
         self._resized = np.empty((*size_hw, 3), np.uint8)
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return uint8 (h, w, 3), valid until the next call, of uint8 (H, W, 3) of any size."""
-        if image.shape[:2] == self._size_hw:
-            return image
-        smooth = smoothing(image.shape[:2], self._size_hw, self._resize)
+    def __call__(self, image: np.ndarray, reduced: bool = False) -> np.ndarray:
+        """
+        Return uint8 (h, w, 3), valid until the next call, of uint8 (H, W, 3) of any size.
+
+        ``reduced`` says that ``image`` is a reduced one of the camera's, see ``smoothing``.
+        """
+        smooth = smoothing(image.shape[:2], self._size_hw, self._resize, reduced)
         for number in range(smooth.halvings):
             height, width = image.shape[0] // 2, image.shape[1] // 2
             half = self._halves[number % 2].array((height, width, 3))
@@ -102,6 +108,8 @@ class Resizer:
             image = cv2.GaussianBlur(
                 image, smooth.size_wh, smooth.sigma_wh[0], dst=self._blurred.array(image.shape),
                 sigmaY=smooth.sigma_wh[1], borderType=cv2.BORDER_REPLICATE)
+        if image.shape[:2] == self._size_hw:
+            return image
         return cv2.resize(image, self._size_hw[::-1], dst=self._resized,
                           interpolation=cv2.INTER_LINEAR_EXACT)
 
@@ -133,13 +141,15 @@ def nearest_taps(old: int, new: int) -> np.ndarray:
     return cv2.resize(index, (new, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].astype(np.int64)
 
 
-def _blur(scale: float, pixel: int) -> tuple[int, float]:
+def _blur(scale: float, pixel: int, reduced: bool = False) -> tuple[int, float]:
     """
     Return taps and sigma of the blur for ``scale``, where pixels are means of ``pixel``.
 
     Variances add up: a triangle of half-width s has s^2 / 6, the mean of m pixels (m^2 - 1) / 12.
     """
-    variance = (scale ** 2 / 6 - (pixel ** 2 - 1) / 12) / pixel ** 2 - BILINEAR_VARIANCE
+    variance = (scale ** 2 / 6 - (pixel ** 2 - 1) / 12) / pixel ** 2
+    if scale != 1 or not reduced:
+        variance -= BILINEAR_VARIANCE
     if variance < 1 / 256:
         return 1, 1.0
     radius = 1

@@ -4,10 +4,11 @@ What resizing the camera image does to ERFNet's figures, with intervals over fra
 
     python benchmarks/input_resize.py --data FOLDER [--sets NAME ...] [--scores NAME ...]
 
-Four ways to the network's 1024x512: the package's two (bilinear, and antialiased as it is exported
-by default), OpenCV's area average, and Pillow's bilinear, which antialiases. Intervals: percentile
-bootstrap over frames, level 0.95; pixels share 20,000 bins of score, which changes no figure by
-1e-4.
+Four ways to the network's 1024x512: the package's two (bilinear, and antialiased as it is
+exported by default), OpenCV's area average, and Pillow's bilinear, which antialiases. Besides, the
+package's antialiasing after JPEG (quality 90) decoded whole and at reduced size, as the node does
+where the frame is at least twice as large as the network. Intervals: percentile bootstrap over
+frames, level 0.95; pixels share 20,000 bins of score, which changes no figure by 1e-4.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.compare import draw_frames, pooled_figures
 from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.export import export_model, ExportRequest
+from anomaly_seg_ros.images import decode_compressed
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.pipeline import Pipeline
 from anomaly_seg_ros.resize import Resizer
@@ -40,6 +42,9 @@ RESIZE = {
     'Pillow': lambda image: np.asarray(
         Image.fromarray(image).resize(SIZE_WH, Image.Resampling.BILINEAR)),
 }
+# What a node sees of frames that come as JPEG, decoded whole or (``reduced_decode``) smaller.
+JPEG = {'JPEG, whole': False, 'JPEG, reduced': True}
+JPEG_QUALITY = 90
 
 
 def main() -> None:
@@ -67,19 +72,31 @@ def main() -> None:
 
 def measure(pipeline: Pipeline, name: str, root: Path, score: str) -> None:
     """Print one row for each way of resizing."""
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {way: [] for way in RESIZE}
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {way: [] for way in (*RESIZE, *JPEG)}
     for frame in open_dataset(name, root):
         mask = frame.anomaly_mask
         if mask is None:
             continue
-        for way, resize in RESIZE.items():
-            scores = cv2.resize(pipeline(resize(frame.image_rgb)).anomaly, mask.shape[::-1],
+        inputs = {way: resize(frame.image_rgb) for way, resize in RESIZE.items()}
+        inputs |= {way: after_jpeg(frame.image_rgb, reduced) for way, reduced in JPEG.items()}
+        for way, image in inputs.items():
+            scores = cv2.resize(pipeline(image).anomaly, mask.shape[::-1],
                                 interpolation=cv2.INTER_LINEAR)
             found[way].append((scores[mask == 1], scores[mask == 0]))
     for way, frames in found.items():
         ap, ap_low, ap_high, fpr95, fpr95_low, fpr95_high = with_intervals(frames)
         print(f'| {name} | {score} | {way} | {ap:.1f} [{ap_low:.1f}, {ap_high:.1f}] '
               f'| {fpr95:.1f} [{fpr95_low:.1f}, {fpr95_high:.1f}] | {len(frames)} |', flush=True)
+
+
+def after_jpeg(image_rgb: np.ndarray, reduced: bool) -> np.ndarray:
+    """Encode a frame, decode it as the node does, and scale it."""
+    encoded = cv2.imencode('.jpg', image_rgb[..., ::-1],
+                           [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    decoded = decode_compressed(encoded, 'jpeg', SIZE_WH[::-1] if reduced else None)
+    scaled = Resizer(SIZE_WH[::-1], 'antialiased')(
+        decoded.rgb(), reduced=decoded.array.shape[:2] != decoded.full_size_hw)
+    return scaled.copy()
 
 
 def with_intervals(frames: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:

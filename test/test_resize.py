@@ -2,6 +2,7 @@
 """Resizing against Pillow, and against sums of whole numbers written out."""
 
 from anomaly_seg_ros.graph_variants import _blur, on_device
+from anomaly_seg_ros.images import decode_compressed
 from anomaly_seg_ros.preprocess import Preprocessor
 from anomaly_seg_ros.resize import bilinear_taps, nearest_taps, Resizer, Smoothing, smoothing
 from cards import card
@@ -140,3 +141,18 @@ def test_buffers_are_reused_without_traces_of_the_frame_before() -> None:
     for seed, hw in enumerate([(160, 320), (40, 80), (75, 99), (20, 40), (300, 600), (10, 10)]):
         image = noise(hw, seed)
         np.testing.assert_array_equal(resizer(image), Resizer((20, 40), 'antialiased')(image))
+
+
+def test_a_reduced_jpeg_is_smoothed_as_the_whole_one() -> None:
+    """Nothing is left to interpolate then, but the network shall see what it sees otherwise."""
+    picture = cv2.GaussianBlur(noise((512, 768)), (0, 0), 0.8)
+    encoded = cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    size_hw = (256, 384)
+    whole = Resizer(size_hw, 'antialiased')(decode_compressed(encoded, 'jpeg').array)
+    half = decode_compressed(encoded, 'jpeg', size_hw).array
+    assert half.shape[:2] == size_hw
+    sharp = Resizer(size_hw, 'antialiased')(half)
+    np.testing.assert_array_equal(sharp, half)
+    smooth = Resizer(size_hw, 'antialiased')(half, reduced=True)
+    assert rms(smooth, whole) < 0.6 * rms(sharp, whole)
+    np.testing.assert_array_equal(Resizer(size_hw, 'bilinear')(half, reduced=True), half)

@@ -161,3 +161,18 @@ def test_the_documentation_names_every_parameter_with_its_default() -> None:
         value = yaml.safe_load(row[1])
         assert same(value, shipped['/**']['ros__parameters'][item.name]), item.name
         assert row[2] == item.metadata['description']
+
+
+def test_the_shipped_parameters_are_explained_as_they_work() -> None:
+    """The comment above each parameter begins with its description."""
+    comments: dict[str, str] = {}
+    comment: list[str] = []
+    for line in resource('config/anomaly_seg.yaml').read_text('utf-8').splitlines():
+        text = line.strip()
+        if text.startswith('#'):
+            comment.append(text.removeprefix('#').strip())
+        else:
+            comments[text.split(':')[0]] = ' '.join(comment)
+            comment = []
+    for item in fields(NodeParameters):
+        assert comments[item.name].startswith(item.metadata['description']), item.name

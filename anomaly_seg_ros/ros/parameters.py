@@ -69,7 +69,7 @@ class NodeParameters:
         'raw', 'Type of ~/input/image: raw is sensor_msgs/Image, compressed is '
         'sensor_msgs/CompressedImage.', UNCONFIGURED, choices=('raw', 'compressed'))
     reduced_decode: bool = _parameter(
-        False, 'Decode JPEG at a half, a quarter or an eighth where the network still is no '
+        True, 'Decode JPEG at a half, a quarter or an eighth where the network still is no '
         'larger and the size divides evenly. Faster; the outputs keep the size of the camera, '
         'but the network sees slightly other pixels than after a full decode.')
     input_reliability: str = _parameter(
