@@ -3,34 +3,44 @@
 What the node adds to the network: camera frames from this process, through it, and back.
 
 Labels, obstacle mask and the 8-bit heat map are subscribed, as a vehicle would. One frame is on
-its way at a time; both processes share this machine's clock.
+its way at a time; both processes share this machine's clock. ``--jpeg`` sends JPEG of quality 90.
 """
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 import time
+from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.images import message_data
 from anomaly_seg_ros.model_file import load_model_file, ModelFile
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.client import make_header, NodeRun
+import cv2
 import numpy as np
 import psutil
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 
 OUTPUTS = ('obstacle_mask', 'labels', 'anomaly_u8')
 TARGET_MS = 12.0
 
 
-def camera_frames(size_hw: tuple[int, int], count: int) -> Iterator[np.ndarray]:
-    """Yield BGR frames uint8 (H, W, 3) of the synthetic world, one drive over and over."""
+def camera_messages(size_hw: tuple[int, int], jpeg: bool) -> list[Any]:
+    """Return messages of one synthetic drive, BGR."""
     from anomaly_seg_ros.synthetic import SyntheticDrive
     drive = SyntheticDrive(seed=5, frames=8, size_hw=size_hw, anomalies=True)
-    frames = [np.ascontiguousarray(drive[i].image_rgb[..., ::-1]) for i in range(len(drive))]
-    for index in range(count):
-        yield frames[index % len(frames)]
+    height, width = size_hw
+    messages: list[Any] = []
+    for index in range(len(drive)):
+        bgr = np.ascontiguousarray(drive[index].image_rgb[..., ::-1])
+        if jpeg:
+            encoded = cv2.imencode('.jpg', bgr, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+            messages.append(CompressedImage(format='bgr8; jpeg compressed bgr8',
+                                            data=message_data(encoded)))
+        else:
+            messages.append(Image(height=height, width=width, encoding='bgr8', step=3 * width,
+                                  data=message_data(bgr)))
+    return messages
 
 
 def bare_run_ms(model: ModelFile, threads: int, count: int) -> np.ndarray:
@@ -48,12 +58,10 @@ def bare_run_ms(model: ModelFile, threads: int, count: int) -> np.ndarray:
     return np.array(times)
 
 
-def answer(run: NodeRun, frame: np.ndarray, stamp_ns: int) -> dict[str, float]:
+def answer(run: NodeRun, message: Any, stamp_ns: int) -> dict[str, float]:
     """Send one frame, wait for its outputs and return milliseconds by stage."""
     client = run.client
-    height, width = frame.shape[:2]
-    message = Image(height=height, width=width, encoding='bgr8', step=3 * width,
-                    data=message_data(frame), header=make_header(stamp_ns))
+    message.header = make_header(stamp_ns)
     sent = time.perf_counter()
     client.publish(message)
     while stamp_ns not in client.complete():
@@ -86,6 +94,9 @@ def main() -> None:
     parser.add_argument('--memory-frames', type=int, default=2000,
                         help='frames in all, for the memory figure')
     parser.add_argument('--threads', type=int, default=0, help='0: every core allowed')
+    parser.add_argument('--jpeg', action='store_true', help='send JPEG, not raw frames')
+    parser.add_argument('--whole', action='store_true',
+                        help='decode JPEG whole (reduced_decode: false)')
     parser.add_argument('--height', type=int, default=1024)
     parser.add_argument('--width', type=int, default=2048)
     args = parser.parse_args()
@@ -97,12 +108,15 @@ def main() -> None:
     memory: list[float] = []
     parameters = {
         'model': str(model.path.resolve()), 'threads': args.threads,
+        'image_transport': 'compressed' if args.jpeg else 'raw', 'reduced_decode': not args.whole,
         'warm_up_size_hw': list(size_hw)}
+    messages = camera_messages(size_hw, args.jpeg)
     with NodeRun(parameters, outputs=OUTPUTS, reliable=False) as run:
         process = psutil.Process(run.pid)
         total = max(args.frames, args.memory_frames)
-        for index, frame in enumerate(camera_frames(size_hw, total + 10)):
-            row = answer(run, frame, 1_000_000_000 + index * 50_000_000)
+        for index in range(total + 10):
+            row = answer(run, messages[index % len(messages)],
+                         1_000_000_000 + index * 50_000_000)
             if 10 <= index < args.frames + 10:
                 rows.append(row)
             if index % 50 == 49:
@@ -111,7 +125,8 @@ def main() -> None:
     stages = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     own = stages['total'] - stages['network']
     print(f'{model.path.name}: {model.card.network} {model.card.input_size_hw[0]}x'
-          f'{model.card.input_size_hw[1]}, frames {size_hw[1]}x{size_hw[0]} bgr8, '
+          f'{model.card.input_size_hw[1]}, frames {size_hw[1]}x{size_hw[0]} '
+          f'{"JPEG" if args.jpeg else "bgr8"}, '
           f'{args.frames} frames, outputs {", ".join(OUTPUTS)}')
     print_table({
         'bare session.run, alone': bare, **{

@@ -8,6 +8,7 @@ from anomaly_seg_ros import backends
 from anomaly_seg_ros.backends import AUTO_ORDER, available_backends, BACKENDS, open_backend
 from anomaly_seg_ros.backends.onnxruntime import open_session, session_options
 from anomaly_seg_ros.backends.onnxruntime_gpu import placement
+from anomaly_seg_ros.backends.openvino import _replace_image_pooling
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.model_file import load_model_file, write_model_file
@@ -196,6 +197,26 @@ def test_openvino_takes_the_first_of_equal_logits(tmp_path: Path) -> None:
             assert kinds.count('Reduce') == 2  # the score's own maximum, and the rank
             labels = backend.run(image).labels
         np.testing.assert_array_equal(labels, image[0].argmax(0))
+
+
+@pytest.mark.parametrize(('size_hw', 'pads', 'replaced'), [
+    ((24, 40), [0, 0], True), ((23, 40), [0, 0], False), ((24, 40), [1, 1], False)])
+def test_openvino_pools_the_image_itself_in_another_way(
+        size_hw: tuple[int, int], pads: list[int], replaced: bool) -> None:
+    """Where 2x2 pixels become one and nothing else; the pixels are the same."""
+    openvino = pytest.importorskip('openvino')
+    from openvino import opset13 as ops
+    image = np.random.default_rng(2).standard_normal((1, 3, *size_hw)).astype(np.float32)
+    answers = []
+    for change in (lambda graph: None, _replace_image_pooling):
+        parameter = ops.parameter(image.shape, np.float32, name='image')
+        pooled = ops.max_pool(parameter, [2, 2], [1, 1], pads, pads, [2, 2], 'floor', 'explicit',
+                              'i64', 0)
+        graph = openvino.Model([ops.relu(pooled.output(0))], [parameter])
+        change(graph)
+        answers.append(openvino.compile_model(graph, 'CPU')(image)[0])
+    assert ('MaxPool' not in {node.get_type_name() for node in graph.get_ops()}) == replaced
+    np.testing.assert_array_equal(*answers)
 
 
 def test_openvino_says_its_arithmetic(tmp_path: Path) -> None:

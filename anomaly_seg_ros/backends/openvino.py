@@ -69,6 +69,7 @@ class OpenvinoBackend(Backend):
             core = openvino.Core()
             graph = core.read_model(model.data)
             _replace_argmax(graph)
+            _replace_image_pooling(graph)
             compiled = core.compile_model(graph, device, config)
         except RuntimeError as error:
             raise UserError(f'{model.path}: OpenVINO {self._version} cannot compile it for '
@@ -162,3 +163,30 @@ def _maximum(logits: Any, axis: int) -> Any:
             return node.output(0) if node.get_attributes()['keep_dims'] \
                 else ops.unsqueeze(node.output(0), [axis])
     return ops.reduce_max(logits, [axis], keep_dims=True)
+
+
+def _replace_image_pooling(graph: Any) -> None:
+    """
+    Take the maximum of 2x2 pixels of the image itself as that of four images of every other pixel.
+
+    OpenVINO's pooling first spreads the three channels over sixteen: 3 ms of ERFNet's 85 in int8,
+    this takes 1. The maximum is the same to the bit.
+    """
+    from openvino import opset13 as ops
+
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != 'MaxPool' \
+                or node.input_value(0).get_node().get_type_name() != 'Parameter':
+            continue
+        shape, attributes = node.input_value(0).get_partial_shape(), node.get_attributes()
+        plain = {'kernel': [2, 2], 'strides': [2, 2], 'pads_begin': [0, 0], 'pads_end': [0, 0]}
+        if any(list(attributes[name]) != value for name, value in plain.items()) \
+                or shape.is_dynamic or any(shape[axis].get_length() % 2 for axis in (2, 3)):
+            continue
+        every_other = [
+            ops.strided_slice(node.input_value(0), [0, 0, row, column], [0, 0, 0, 0],
+                              [1, 1, 2, 2], begin_mask=[1, 1, 0, 0], end_mask=[1, 1, 1, 1])
+            for row in (0, 1) for column in (0, 1)]
+        highest = ops.maximum(ops.maximum(*every_other[:2]), ops.maximum(*every_other[2:]))
+        for user in node.output(0).get_target_inputs():
+            user.replace_source_output(highest.output(0))

@@ -14,7 +14,9 @@ Convention: a higher score is more anomalous; a pixel is called anomalous when
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+import time
 from typing import Any
 
 from anomaly_seg_ros.errors import UserError
@@ -28,6 +30,7 @@ MaskArray = npt.NDArray[np.uint8]
 VOID = 255
 RISK_FPRS = (1e-4, 1e-3, 1e-2, 5e-2)
 MAXIMUM_WAITING = 1 << 24  # pixels held until they are counted: 64 MB of float32
+MOST_SORTED = 8  # pixels that are sorted in the time of one look-up, where sorting is fast
 CACHED = 1 << 16  # pixels that are sorted and searched at a time
 
 
@@ -179,8 +182,8 @@ class NegativeCounts:
 
     def __init__(self, thresholds: FloatArray) -> None:
         self.thresholds = thresholds
-        self._at_least: IntArray = np.zeros(thresholds.size, np.int64)
-        self._above: IntArray = np.zeros(thresholds.size, np.int64)
+        self._below: IntArray = np.zeros(thresholds.size, np.int64)
+        self._equal: IntArray = np.zeros(thresholds.size, np.int64)
         self._total = 0
         self._pending: list[FloatArray] = []
 
@@ -190,8 +193,8 @@ class NegativeCounts:
         # Counting costs one look-up per threshold. Where a frame does not pay for them, wait for
         # more, so that the cost stays linear in pixels however many thresholds there are.
         waiting = sum(scores.size for scores in self._pending)
-        share = 8 if len(self._pending) == 1 else 32
-        if waiting >= min(share * self.thresholds.size, MAXIMUM_WAITING):
+        if waiting >= min(32 * self.thresholds.size, MAXIMUM_WAITING) or (
+                len(self._pending) == 1 and _is_worth_counting(waiting, self.thresholds.size)):
             self._flush()
 
     def merge(self, other: 'NegativeCounts') -> None:
@@ -199,17 +202,17 @@ class NegativeCounts:
         if not np.array_equal(self.thresholds, other.thresholds):
             raise ValueError('merge needs counts at the same thresholds; make both NegativeCounts '
                              'from one result of pass 1')
-        at_least, above, total = other.result()
         self._flush()
-        # Not in place: what another process sent may be read-only.
-        self._at_least = self._at_least + at_least
-        self._above = self._above + above
-        self._total += total
+        other._flush()
+        self._below = self._below + other._below
+        self._equal = self._equal + other._equal
+        self._total += other._total
 
     def result(self) -> tuple[IntArray, IntArray, int]:
         """Return counts ``>= threshold`` and ``> threshold`` (int64), and the pixel count."""
         self._flush()
-        return self._at_least, self._above, self._total
+        at_least = self._total - self._below
+        return at_least, at_least - self._equal, self._total
 
     def __getstate__(self) -> dict[str, Any]:
         self._flush()
@@ -218,18 +221,42 @@ class NegativeCounts:
     def _flush(self) -> None:
         if not self._pending:
             return
-        below = np.empty(self.thresholds.size, np.int64)
-        at_most = np.empty(self.thresholds.size, np.int64)
+        # What came from another process may be read-only.
+        self._below, self._equal = (np.require(counts, requirements='W')
+                                    for counts in (self._below, self._equal))
         total = 0
         for piece, scores in _by_value(self._pending, self.thresholds):
-            below[piece], at_most[piece] = _count_below(scores, self.thresholds[piece])
-            below[piece] += total
-            at_most[piece] += total
+            below, tied, equal = _count_below(scores, self.thresholds[piece])
+            below += total
+            self._below[piece] += below
+            self._equal[piece][tied] += equal
             total += scores.size
         self._pending = []
-        self._at_least = self._at_least + (total - below)
-        self._above = self._above + (total - at_most)
         self._total += total
+
+
+def _is_worth_counting(pixels: int, thresholds: int) -> bool:
+    """Tell whether looking up all thresholds in one frame costs less than sorting it again."""
+    return pixels >= MOST_SORTED * thresholds or pixels >= _sorted_in_a_lookup() * thresholds
+
+
+@cache
+def _sorted_in_a_lookup() -> float:
+    """
+    Measure how many pixels are sorted while one threshold is looked up, at most ``MOST_SORTED``.
+
+    It decides about time only. Some 8 on most processors, 1 on those of the Zen 4 kind, where
+    the AVX-512 code of numpy's sort is slow.
+    """
+    scores = np.random.default_rng(0).random(1 << 18, np.float32)
+    start = time.perf_counter()
+    scores.sort()
+    sorting = (time.perf_counter() - start) / scores.size
+    keys = scores[::4].copy()
+    start = time.perf_counter()
+    np.searchsorted(scores, keys)
+    looking_up = (time.perf_counter() - start) / keys.size
+    return min(MOST_SORTED, looking_up / sorting)
 
 
 def _by_value(parts: list[FloatArray],
@@ -253,15 +280,19 @@ def _by_value(parts: list[FloatArray],
         yield slice(starts[-1], ends[-1]), scores
 
 
-def _count_below(scores: FloatArray, thresholds: FloatArray) -> tuple[IntArray, IntArray]:
-    """Return how many sorted scores are below each threshold, and how many at most as high."""
+def _count_below(scores: FloatArray,
+                 thresholds: FloatArray) -> tuple[IntArray, IntArray, IntArray]:
+    """
+    Count sorted scores below each threshold, and equal to it.
+
+    Returns the number below each; the places of the few thresholds that are a score too; and how
+    many scores each of these equals.
+    """
     below = np.searchsorted(scores, thresholds, 'left')
-    # Few thresholds are the score of a negative too; only these end elsewhere than they begin.
-    at_most = below.copy()
-    tied = np.flatnonzero(below < scores.size)
-    tied = tied[scores[below[tied]] == thresholds[tied]]
-    at_most[tied] = np.searchsorted(scores, thresholds[tied], 'right')
-    return below, at_most
+    if not scores.size:
+        return below, np.empty(0, np.int64), np.empty(0, np.int64)
+    tied = np.flatnonzero(scores[np.minimum(below, scores.size - 1)] == thresholds)
+    return below, tied, np.searchsorted(scores, thresholds[tied], 'right') - below[tied]
 
 
 @dataclass(frozen=True)

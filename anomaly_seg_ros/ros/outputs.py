@@ -2,7 +2,6 @@
 """The node's output topics: made once, computed only for subscribers, written in place."""
 
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.util import find_spec
 import threading
 import time
@@ -33,8 +32,6 @@ IMAGES: dict[str, tuple[str, type, int]] = {
 }
 # The images that are the pipeline's own maps, by its names.
 MAPS = {'obstacle_mask': 'mask', 'labels': 'labels', 'anomaly': 'anomaly'}
-# The others are painted on a second thread, while the more urgent ones go out.
-PAINTED = tuple(name for name in IMAGES if name not in MAPS)
 
 
 class Outputs:
@@ -72,7 +69,6 @@ class Outputs:
         # A buffer of its own: the fallback may be sent while the worker fills the others.
         self._all_obstacle = ImageBuffer(*IMAGES['obstacle_mask'])
         self._rgb = np.empty((0, 0, 3), np.uint8)
-        self._painter = ThreadPoolExecutor(1, thread_name_prefix='anomaly_seg painter')
 
     def subscribed(self) -> tuple[str, ...]:
         """Return the names of the outputs that somebody receives."""
@@ -90,32 +86,22 @@ class Outputs:
         """
         Publish one answer under the frame's own header; the caller holds ``lock``.
 
-        Returns the milliseconds spent on making the messages, or waiting until they were made,
-        and on publishing them.
+        Returns the milliseconds spent on making and on publishing the messages.
         """
         convert_s = publish_s = 0.0
         size_hw = detection.mask.shape
-        painting = {
-            name: self._painter.submit(self._paint, name, self._buffers[name].pixels(size_hw),
-                                       image, detection, card, opacity)
-            for name in PAINTED if name in wanted}
-        try:
-            for name in IMAGES:
-                if name not in wanted:
-                    continue
-                began = time.perf_counter()
-                buffer = self._buffers[name]
-                if name in painting:
-                    painting[name].result()
-                else:
-                    _fill(buffer.pixels(size_hw), getattr(detection, MAPS[name]))
-                buffer.message.header = header
-                filled = time.perf_counter()
-                self._images[name].publish(buffer.message)
-                convert_s += filled - began
-                publish_s += time.perf_counter() - filled
-        finally:
-            wait(painting.values())  # the next frame overwrites what is painted from
+        for name in IMAGES:
+            if name not in wanted:
+                continue
+            began = time.perf_counter()
+            buffer = self._buffers[name]
+            pixels = buffer.pixels(size_hw)
+            self._fill(name, pixels, image, detection, card, opacity)
+            buffer.message.header = header
+            filled = time.perf_counter()
+            self._images[name].publish(buffer.message)
+            convert_s += filled - began
+            publish_s += time.perf_counter() - filled
         if 'camera_info' in wanted and self.camera_info is not None:
             self._camera_info.publish(rescaled_camera_info(self.camera_info, header, size_hw))
         return convert_s * 1e3, publish_s * 1e3
@@ -143,20 +129,23 @@ class Outputs:
             self._label_info.publish(label_info(card, threshold, header))
 
     def destroy(self) -> None:
-        """End the second thread and destroy the publishers."""
-        self._painter.shutdown()
+        """Destroy the publishers."""
         for publisher in (*self._images.values(), self._camera_info, self._fallback, self._frame,
                           self._label_info):
             if publisher is not None:
                 self._node.destroy_lifecycle_publisher(publisher)
 
-    def _paint(self, name: str, pixels: np.ndarray, image: DecodedImage, detection: Detection,
-               card: ModelCard, opacity: float) -> None:
+    def _fill(self, name: str, pixels: np.ndarray, image: DecodedImage, detection: Detection,
+              card: ModelCard, opacity: float) -> None:
         if name == 'anomaly_u8':
             anomaly_u8(detection.anomaly, card.score_range, out=pixels)
-        else:
+        elif name == 'overlay':
             overlay(self._as_rgb(image), detection.labels, detection.anomaly, detection.mask,
                     card.palette, card.score_range, opacity, out=pixels)
+        else:
+            result = getattr(detection, MAPS[name])
+            if not np.may_share_memory(result, pixels):
+                np.copyto(pixels, result)
 
     def _as_rgb(self, image: DecodedImage) -> np.ndarray:
         """Return the picture as RGB, at the camera's size after a reduced decode too."""
@@ -168,9 +157,3 @@ class Outputs:
         if pixels.shape[:2] == image.full_size_hw:
             return pixels
         return cv2.resize(pixels, image.full_size_hw[::-1], interpolation=cv2.INTER_LINEAR)
-
-
-def _fill(pixels: np.ndarray, result: np.ndarray) -> None:
-    """Copy a map into its message, unless it was written there."""
-    if not np.may_share_memory(result, pixels):
-        np.copyto(pixels, result)
