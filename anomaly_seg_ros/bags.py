@@ -27,7 +27,7 @@ from anomaly_seg_ros.datasets.reading import codes_in
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.images import (
-    BadImage, decode_compressed, DecodedImage, image_from_message, mask_from_message)
+    BadImage, decode_message, mask_from_message)
 import cv2
 import numpy as np
 from rosbags.interfaces import (
@@ -339,6 +339,11 @@ class BagReader(FrameSource):
         return self._images.name
 
     @property
+    def image_transport(self) -> str:
+        """How they were recorded, as the node's parameter: ``raw`` or ``compressed``."""
+        return 'compressed' if self._images.msgtype == _COMPRESSED else 'raw'
+
+    @property
     def ground_truth_topics(self) -> dict[str, str]:
         """``anomaly_mask`` and ``labels`` -> topic, where the bag has them."""
         return {kind: topic.name for kind, topic in self._truth.items()}
@@ -515,7 +520,7 @@ class BagReader(FrameSource):
         where = f'{self.root}: frame {index} (stamp {stamp_ns} ns)'
         message = self._deserialize(raw, self._images, where)
         try:
-            image, encoding = _decode(message, self._images.msgtype)
+            image = decode_message(message)
         except BadImage as error:
             raise UserError(f'{where} on {self._images.name} does not decode: {error}') from error
         masks: dict[str, np.ndarray] = {}
@@ -535,7 +540,7 @@ class BagReader(FrameSource):
             masks[kind] = mask
         return BagFrame(self._frame_ids[index], image.rgb(), masks.get('anomaly_mask'),
                         masks.get('labels'), stamp_ns,
-                        header_frame_id=message.header.frame_id, encoding=encoding,
+                        header_frame_id=message.header.frame_id, encoding=_encoding(message),
                         message=message)
 
     def _deserialize(self, raw: bytes, topic: _Topic, where: str) -> Any:
@@ -756,10 +761,9 @@ def _rgb8(image: np.ndarray, frame_id: str, source: FrameSource) -> np.ndarray:
     return image
 
 
-def _decode(message: Any, msgtype: str) -> tuple[DecodedImage, str]:
-    if msgtype == _COMPRESSED:
-        return decode_compressed(message.data, message.format), message.format
-    return image_from_message(message), message.encoding
+def _encoding(message: Any) -> str:
+    encoding: str = message.format if hasattr(message, 'format') else message.encoding
+    return encoding
 
 
 def _unzstd(raw: bytes) -> bytes:

@@ -400,7 +400,7 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
                 frame = source[index]
                 if index == 0:
                     pipeline.warm_up(frame.image_rgb.shape[:2])
-                recorder.add(frame, answer_offline(pipeline, frame))
+                recorder.add(frame, answer_offline(pipeline, frame.image_rgb))
             except (UserError, BadOutput) as error:
                 if not keep_going:
                     raise UserError(f'frame {frame_id}: {error}{recorder.kept()}') from error
@@ -414,9 +414,10 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
                            title=source.name, progress=progress)
 
 
-def answer_offline(pipeline: Pipeline, frame: Frame) -> Answer:
-    """Run the pipeline on a frame."""
-    detection = pipeline(frame.image_rgb)
+def answer_offline(pipeline: Pipeline, image: np.ndarray, channel_order: str = 'rgb',
+                   size_hw: tuple[int, int] | None = None) -> Answer:
+    """Run the pipeline on an image; arguments as there."""
+    detection = pipeline(image, channel_order, size_hw=size_hw)
     return Answer(detection.labels, detection.anomaly, detection.mask, len(detection.obstacles),
                   {**detection.stages_ms, 'end_to_end': sum(detection.stages_ms.values())})
 

@@ -200,6 +200,19 @@ def image_from_message(message: ImageMessage, buffer: Memory | None = None) -> D
     return DecodedImage(pixels, layout.order, size_hw)
 
 
+def decode_message(message: Any, reduce_to_hw: tuple[int, int] | None = None,
+                   buffer: Memory | None = None) -> DecodedImage:
+    """
+    Read a sensor_msgs Image or CompressedImage, of rclpy or of rosbags; raises BadImage.
+
+    ``reduce_to_hw`` lets a JPEG be decoded at reduced size, see ``decode_compressed``; ``buffer``
+    takes the pixels where they are not the message's own.
+    """
+    if hasattr(message, 'format'):
+        return decode_compressed(message.data, message.format, reduce_to_hw, buffer)
+    return image_from_message(message, buffer)
+
+
 def mask_from_message(message: ImageMessage) -> np.ndarray:
     """
     View a label image or mask: uint8 (H, W).

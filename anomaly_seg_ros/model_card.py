@@ -138,6 +138,11 @@ class ModelCard:
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f'score_range must be finite and increasing, got {self.score_range}')
 
+    @property
+    def reduced_hw(self) -> tuple[int, int] | None:
+        """Size down to which JPEG frames may be reduced while decoded; None: not at all."""
+        return self.input_size_hw if self.input_variant == 'host' else None
+
     def to_json(self) -> str:
         """Return the card as JSON with sorted keys, so that equal cards have equal bytes."""
         return json.dumps(asdict(self), sort_keys=True, allow_nan=False)

@@ -11,6 +11,7 @@ from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.bags import BagFrame, BagReader, read_bag, ResultBag
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import Answer, answer_offline, Progress, Recorder, RunInfo
+from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.model_file import load_model_file, ModelFile
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline
@@ -134,9 +135,15 @@ def _offline(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
                 warm = frame.image_rgb.shape
                 pipeline.warm_up(warm[:2])
             try:
-                yield frame, answer_offline(pipeline, frame)
+                yield frame, _answer(pipeline, frame)
             except BadOutput as error:
                 raise UserError(f'frame {frame.frame_id}: {error}') from error
+
+
+def _answer(pipeline: Pipeline, frame: BagFrame) -> Answer:
+    """Run the pipeline on the frame as the node sees it: decoded from its message."""
+    image = decode_message(frame.message, pipeline.card.reduced_hw)
+    return answer_offline(pipeline, image.array, image.channel_order, image.full_size_hw)
 
 
 def _through_node(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
@@ -155,7 +162,7 @@ def _through_node(reader: BagReader, model: ModelFile, settings: ObstacleSetting
 
     parameters = {'backend': options.backend, 'threads': options.threads,
                   'threshold': settings.threshold, 'minimum_area_px': settings.minimum_area_px,
-                  'region': settings.region}
+                  'region': settings.region, 'image_transport': reader.image_transport}
     for answer in run_frames_through_node(sent(), model=model.path, parameters=parameters,
                                           realtime=options.realtime):
         if answer.stamp_ns not in waiting:

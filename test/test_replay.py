@@ -2,6 +2,7 @@
 """Replays give the figures of evaluate, offline and through the live node."""
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,38 @@ from anomaly_seg_ros.bags import make_bag, read_bag
 from anomaly_seg_ros.datasets import open_dataset, VideoFile
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate
+from anomaly_seg_ros.images import decode_message
+from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.replay import replay, ReplayOptions
+import cv2
 import numpy as np
 import pytest
+from rosbags.rosbag2 import Reader, StoragePlugin, Writer
+from rosbags.typesys import get_typestore, Stores
 
+TYPES = get_typestore(Stores.ROS2_JAZZY)
 FIGURES = ('pixel', 'components', 'compat', 'segmentation')
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of metrics.json that must not depend on the way."""
     return {name: metrics[name] for name in FIGURES}
+
+
+def as_bgr8(bag: Path, copy: Path) -> None:
+    """Copy a bag with its colours in the order of most camera drivers."""
+    with Reader(bag) as reader, Writer(copy, version=9, storage_plugin=StoragePlugin.MCAP) as out:
+        topics = {connection.topic: out.add_connection(connection.topic, connection.msgtype,
+                                                       typestore=TYPES)
+                  for connection in reader.connections}
+        for connection, log_ns, raw in reader.messages():
+            message: Any = TYPES.deserialize_cdr(raw, connection.msgtype)
+            if getattr(message, 'encoding', '') == 'rgb8':
+                pixels = message.data.reshape(-1, 3)[:, ::-1]
+                message = dataclasses.replace(message, encoding='bgr8',
+                                              data=pixels.reshape(-1).copy())
+            out.write(topics[connection.topic], log_ns,
+                      TYPES.serialize_cdr(message, connection.msgtype))
 
 
 @pytest.mark.parametrize('storage', ['mcap', 'sqlite3'])
@@ -38,6 +61,35 @@ def test_replay_equals_evaluate_offline_and_through_the_node(
         assert metrics['latency_ms']['dropped'] == 0
         results = read_bag(output / 'result_bag', image_topic='/anomaly_seg/output/overlay')
         assert results.stamps_ns == read_bag(tmp_path / 'bag').stamps_ns
+
+
+@pytest.mark.parametrize('kind', ['jpeg', 'bgr8'])
+def test_frames_reach_the_node_as_they_were_recorded(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path, kind: str) -> None:
+    """JPEG is decoded by the node, at reduced size; offline the same pixels are answered."""
+    for path in small_benchmark.rglob('*.png'):  # twice as large: more than the network's size
+        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), cv2.resize(pixels, None, fx=2, fy=2,
+                                          interpolation=cv2.INTER_NEAREST))
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    if kind == 'jpeg':
+        make_bag(source, tmp_path / 'bag', compressed='jpeg')
+    else:
+        make_bag(source, tmp_path / 'rgb8')
+        as_bgr8(tmp_path / 'rgb8', tmp_path / 'bag')
+    bag, card = read_bag(tmp_path / 'bag'), load_model_file(tiny_model).card
+    assert bag.image_transport == ('compressed' if kind == 'jpeg' else 'raw')
+    decoded = decode_message(bag[0].message, card.reduced_hw)
+    assert (decoded.array.shape[:2] != decoded.full_size_hw) == (kind == 'jpeg')
+    offline, live = (
+        replay(tmp_path / 'bag', tiny_model, tmp_path / f'{through_node}',
+               ReplayOptions(through_node=through_node, result_topics=(), track='anomaly'))
+        for through_node in (False, True))
+    assert figures(offline) == figures(live)
+    assert live['latency_ms']['frames'] == len(source)
+    if kind == 'bgr8':
+        expected = evaluate(tiny_model, source, tmp_path / 'evaluate', track='anomaly')
+        assert figures(offline) == figures(expected)
 
 
 def test_result_bag_holds_the_camera_image(tiny_model: Path, small_benchmark: Path,

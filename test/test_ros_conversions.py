@@ -2,9 +2,9 @@
 """Between messages and arrays."""
 
 import _needs_ros  # noqa: F401
-from anomaly_seg_ros.images import message_array, message_data
+from anomaly_seg_ros.images import decode_message, message_array, message_data
 from anomaly_seg_ros.ros.conversions import (
-    frame_report, ImageBuffer, label_info, read_image, rescaled_camera_info, stamp_to_ns)
+    frame_report, ImageBuffer, label_info, rescaled_camera_info, stamp_to_ns)
 import cv2
 import numpy as np
 import pytest
@@ -44,11 +44,11 @@ def test_buffer_is_written_in_place_and_survives_the_wire(encoding, dtype, chann
 def test_images_of_both_transports() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     raw = Image(height=6, width=8, step=24, encoding='bgr8', data=message_data(frame))
-    image = read_image(raw)
+    image = decode_message(raw)
     assert image.channel_order == 'bgr'
     np.testing.assert_array_equal(image.array, frame)
     png = CompressedImage(format='png', data=cv2.imencode('.png', frame)[1].tobytes())
-    np.testing.assert_array_equal(read_image(png).array, frame)
+    np.testing.assert_array_equal(decode_message(png).array, frame)
 
 
 def project(matrix: np.ndarray, point: np.ndarray) -> np.ndarray:

@@ -187,6 +187,7 @@ class NodeClient:
         subscribe(DiagnosticArray, f'/{NODE}/debug/frame',
                   lambda message: self._take('frame', message), qos)
         subscribe(DiagnosticArray, '/diagnostics', self._take_diagnostics, 10)
+        self._image_transport = image_transport
         kind = Image if image_transport == 'raw' else CompressedImage
         self._publisher = self.node.create_publisher(kind, f'/{NODE}/input/image', qos)
 
@@ -205,6 +206,15 @@ class NodeClient:
         height, width = image_rgb.shape[:2]
         self.publish(Image(height=height, width=width, encoding='rgb8', step=3 * width,
                            data=message_data(image_rgb), header=make_header(stamp_ns, frame_id)))
+
+    def send_recorded(self, recorded: Any, stamp_ns: int) -> None:
+        """Publish the Image or CompressedImage of a bag, as rosbags reads it, as it is."""
+        message = Image() if self._image_transport == 'raw' else CompressedImage()
+        for name in set(message.get_fields_and_field_types()) - {'header', 'data'}:
+            setattr(message, name, getattr(recorded, name))
+        message.header = make_header(stamp_ns, recorded.header.frame_id)
+        message.data = message_data(recorded.data)
+        self.publish(message)
 
     def publish(self, message: Any) -> None:
         """Publish a sensor_msgs Image or CompressedImage as it is."""
@@ -477,7 +487,12 @@ class NodeReplay:
             raise UserError(f'two frames have the stamp {stamp_ns} ns; answers could not be told '
                             'apart. Give every frame a stamp of its own.')
         self._sent_at[stamp_ns] = time.perf_counter()
-        run.client.send(frame.image_rgb, stamp_ns, getattr(frame, 'header_frame_id', 'camera'))
+        recorded = getattr(frame, 'message', None)
+        if recorded is not None:
+            run.client.send_recorded(recorded, stamp_ns)
+        else:
+            run.client.send(frame.image_rgb, stamp_ns,
+                            getattr(frame, 'header_frame_id', 'camera'))
         self.sent += 1
 
     def _collect(self, run: NodeRun, wait_s: float) -> Iterator[NodeAnswer]:
@@ -533,7 +548,8 @@ def run_frames_through_node(
     ----------
     frames
         Frames with ``image_rgb`` uint8 (H, W, 3) and ``stamp_ns``, each stamp once; published as
-        rgb8 under their own stamps (and ``header_frame_id``, where they have one).
+        rgb8 under their own stamps. Those of a bag, which have their ``message``, are published
+        as they were recorded: the parameter ``image_transport`` must fit.
     model
         The model file.
     parameters

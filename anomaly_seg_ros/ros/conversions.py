@@ -7,8 +7,6 @@ import copy
 from typing import Any
 
 from anomaly_seg_ros.classes import UNLABELLED
-from anomaly_seg_ros.images import decode_compressed, DecodedImage, image_from_message
-from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.model_file import ModelCard
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 import numpy as np
@@ -19,19 +17,6 @@ from std_msgs.msg import Header
 def stamp_to_ns(header: Header) -> int:
     """Return a header's stamp in nanoseconds."""
     return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
-
-
-def read_image(message: Any, reduce_to_hw: tuple[int, int] | None = None,
-               buffer: Memory | None = None) -> DecodedImage:
-    """
-    Read a sensor_msgs Image or CompressedImage; raises BadImage.
-
-    ``reduce_to_hw`` lets a JPEG be decoded at reduced size, see ``decode_compressed``; ``buffer``
-    takes the pixels where they are not the message's own.
-    """
-    if isinstance(message, Image):
-        return image_from_message(message, buffer)
-    return decode_compressed(message.data, message.format, reduce_to_hw, buffer)
 
 
 class ImageBuffer:

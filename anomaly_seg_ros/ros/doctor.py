@@ -18,9 +18,10 @@ import xml.etree.ElementTree as ElementTree
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline
 from anomaly_seg_ros.resources import resource
-from anomaly_seg_ros.ros.conversions import read_image, stamp_to_ns
+from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from anomaly_seg_ros.ros.loading import read_model
 import rclpy
 from rclpy.context import Context
@@ -258,7 +259,7 @@ def listen(node: Node, executor: SingleThreadedExecutor, topic: str, transport: 
     message = last[0]
     size_hw, error = (0, 0), ''
     try:
-        size_hw = read_image(message).full_size_hw
+        size_hw = decode_message(message).full_size_hw
     except ValueError as problem:
         error = str(problem)
     span = arrivals[-1] - arrivals[0]

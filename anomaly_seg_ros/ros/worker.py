@@ -8,11 +8,10 @@ import time
 import traceback
 from typing import Any
 
-from anomaly_seg_ros.images import BadImage
+from anomaly_seg_ros.images import BadImage, decode_message
 from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.pipeline import BadOutput, Detection
 from anomaly_seg_ros.quality import QualityChecker
-from anomaly_seg_ros.ros.conversions import read_image
 from anomaly_seg_ros.ros.diagnostics import Monitor
 from anomaly_seg_ros.ros.inbox import Mailbox
 from anomaly_seg_ros.ros.loading import LoadedModel
@@ -204,9 +203,9 @@ class Worker:
         header = arrival.message.header
         pipeline = self._model.pipeline
         clock = [time.perf_counter()]
-        reduce = parameters.reduced_decode and pipeline.card.input_variant == 'host'
-        image = read_image(arrival.message, pipeline.card.input_size_hw if reduce else None,
-                           self._frame_buffer)
+        image = decode_message(arrival.message,
+                               pipeline.card.reduced_hw if parameters.reduced_decode else None,
+                               self._frame_buffer)
         clock.append(time.perf_counter())
         flags = self._quality(image.array) if parameters.quality_checks else ()
         clock.append(time.perf_counter())
