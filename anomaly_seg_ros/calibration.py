@@ -20,7 +20,6 @@ from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.metrics.calibration import Calibration
-from anomaly_seg_ros.metrics.pixel import PixelCurve
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.pipeline import Pipeline
 from anomaly_seg_ros.preprocess import Preprocessor
@@ -117,7 +116,7 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
     card = replace(
         model_file.card, threshold=threshold, score_range=score_range,
         threshold_source=f'{text} of {source.name}, {total} frames, at most {PIXELS_PER_FRAME} '
-                         'random pixels each',
+                         'random pixels of each kind in each, weighted',
         provenance={**model_file.card.provenance, 'calibration': notes})
     atomic_write_bytes(output, seal_model(model_file.data, card))
     return card
@@ -257,37 +256,94 @@ def _choose_threshold(model: ModelFile, frames: Iterator[Frame], request: Calibr
                       ) -> tuple[float, str, tuple[float, float]]:
     """Return the threshold, how it was chosen, and the range of the scores."""
     rng = np.random.default_rng(_SEED)
-    known: list[np.ndarray] = []
-    anomalous: list[np.ndarray] = []
+    drawn: dict[int, list[_Drawn]] = {0: [], 1: []}  # by code of the mask
     with open_backend(model, backend, threads=threads) as device:
         pipeline = Pipeline(device)
         for frame in frames:
             scores = pipeline(frame.image_rgb).anomaly.ravel()
             mask = np.zeros_like(scores, np.uint8) if frame.anomaly_mask is None \
                 else frame.anomaly_mask.ravel()
-            for kept, code in ((known, 0), (anomalous, 1)):
-                kept.append(scores[_draw(rng, np.flatnonzero(mask == code))])
-    negatives, positives = np.sort(np.concatenate(known)), np.sort(np.concatenate(anomalous))
-    if not negatives.size:
+            for code, parts in drawn.items():
+                pixels = np.flatnonzero(mask == code)
+                parts.append(_Drawn(scores[_draw(rng, pixels)], len(pixels)))
+    negatives, positives = WeightedScores.of(drawn[0]), WeightedScores.of(drawn[1])
+    if not negatives.scores.size:
         raise UserError('no in-distribution pixel in these frames')
-    low, high = (float(v) for v in np.quantile(np.concatenate([negatives, positives]),
-                                               (0.01, 0.999)))
+    everything = WeightedScores.of(drawn[0] + drawn[1])
+    low, high = (everything.lowest_with_at_most(1 - share) for share in (0.01, 0.999))
     score_range = (low, high if high - low > 1e-6 else low + 1.0)
     if request.criterion == 'fpr':
-        # The next float above the quantile: at most the rate is >= it.
-        value = np.quantile(negatives, 1 - request.rate, method='higher')
-        threshold = float(np.nextafter(np.float32(value), np.float32(np.inf)))
+        threshold = negatives.lowest_with_at_most(request.rate)
         return threshold, (f'calibrated: {request.rate:.3g} of the in-distribution pixels at or '
                            'above'), score_range
-    if not positives.size:
+    if not positives.scores.size:
         raise UserError(f'criterion {request.criterion} needs anomalous pixels, and these frames '
                         'have none; use --criterion fpr')
     if request.criterion == 'tpr':
-        threshold = float(np.quantile(positives, 1 - request.rate, method='lower'))
+        threshold = positives.highest_with_at_least(request.rate)
         return threshold, (f'calibrated: {request.rate:.3g} of the anomalous pixels at or '
                            'above'), score_range
-    f1, threshold = PixelCurve.of(positives, negatives).best_f1()
+    f1, threshold = best_f1(positives, negatives)
     return threshold, f'calibrated: best F1 ({f1:.3f})', score_range
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Scores of some of a frame's pixels, and how many pixels they stand for."""
+
+    scores: np.ndarray
+    pixels: int
+
+
+@dataclass(frozen=True)
+class WeightedScores:
+    """
+    Drawn pixels of many frames, each for as many pixels as it was drawn from.
+
+    Without the weights, in-distribution pixels, of which a frame has more than are drawn, would
+    count less than anomalous ones, of which it has fewer.
+
+    Attributes
+    ----------
+    scores
+        float32 (N,), ascending.
+    at_or_above
+        float64 (N + 1,): pixels that a score and those after it stand for; the last is 0.
+
+    """
+
+    scores: np.ndarray
+    at_or_above: np.ndarray
+
+    @classmethod
+    def of(cls, parts: Sequence[_Drawn]) -> 'WeightedScores':
+        """Join the frames."""
+        scores = np.concatenate([part.scores for part in parts])
+        weights = np.concatenate([np.full(part.scores.size, part.pixels / part.scores.size)
+                                  for part in parts if part.scores.size] or [np.empty(0)])
+        order = np.argsort(scores, kind='stable')
+        return cls(scores[order], np.append(np.cumsum(weights[order][::-1])[::-1], 0.0))
+
+    def lowest_with_at_most(self, rate: float) -> float:
+        """Return the lowest float32 that at most this share of the pixels is at or above."""
+        kept = int(np.argmax(self.at_or_above <= rate * self.at_or_above[0]))
+        return float(np.nextafter(self.scores[max(kept - 1, 0)], np.float32(np.inf)))
+
+    def highest_with_at_least(self, rate: float) -> float:
+        """Return the highest score that at least this share of the pixels is at or above."""
+        enough = self.at_or_above[:-1] >= rate * self.at_or_above[0]
+        return float(self.scores[np.flatnonzero(enough)[-1]])
+
+
+def best_f1(positives: WeightedScores, negatives: WeightedScores) -> tuple[float, float]:
+    """Return the highest F1 and its threshold, the lowest of several."""
+    first = np.flatnonzero(np.append(True, positives.scores[1:] != positives.scores[:-1]))
+    thresholds = positives.scores[first]
+    tp = positives.at_or_above[first]
+    fp = negatives.at_or_above[np.searchsorted(negatives.scores, thresholds, 'left')]
+    f1 = 2 * tp / (tp + fp + positives.at_or_above[0])
+    best = int(np.argmax(f1))
+    return float(f1[best]), float(thresholds[best])
 
 
 def _frames(source: Sequence[Frame] | FrameSource, total: int, what: str,

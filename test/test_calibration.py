@@ -4,15 +4,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+from anomaly_seg_ros import calibration
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.calibration import (
-    _bare_graph, _planes, calibrate, CalibrationRequest, minimise_nll, negative_log_likelihood,
-    with_temperature)
+    _bare_graph, _Drawn, _planes, best_f1, calibrate, CalibrationRequest, minimise_nll,
+    negative_log_likelihood, WeightedScores, with_temperature)
 from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.export_onnx import append_head, OnnxExportRequest, reference_answer
+from anomaly_seg_ros.metrics.pixel import PixelCurve
 from anomaly_seg_ros.model_file import load_model_file, ModelFile, write_model_file
 from anomaly_seg_ros.pipeline import Pipeline
 import cards
@@ -152,6 +154,47 @@ def test_threshold_by_recall_and_by_f1(tiny_model: Path, small_benchmark: Path,
                      CalibrationRequest(criterion='best-f1'))
     assert card.threshold == pytest.approx(
         evaluate(tiny_model, source, tmp_path / 'o')['pixel']['best_f1_threshold'])
+
+
+def test_drawn_pixels_count_for_those_they_were_drawn_from() -> None:
+    """Each score given twice or five times is the same as a weight of two or five."""
+    rng = np.random.default_rng(4)
+    many, few = (rng.normal(0, 1, 300).round(1).astype(np.float32) for _ in range(2))
+    anomalous = rng.normal(1, 1, 200).round(1).astype(np.float32)
+    negatives = WeightedScores.of([_Drawn(many, 5 * many.size), _Drawn(few, 2 * few.size)])
+    positives = WeightedScores.of([_Drawn(anomalous, anomalous.size), _Drawn(few[:0], 0)])
+    whole = np.concatenate([many.repeat(5), few.repeat(2)])
+    assert best_f1(positives, negatives) == pytest.approx(
+        PixelCurve.of(anomalous, whole).best_f1(), rel=1e-12)
+    for rate in (0.001, 0.05, 0.5, 0.99):
+        threshold = negatives.lowest_with_at_most(rate)
+        assert (whole >= threshold).mean() <= rate
+        assert (whole >= np.nextafter(np.float32(threshold), -np.float32(np.inf))).mean() > rate
+        threshold = positives.highest_with_at_least(rate)
+        assert (anomalous >= threshold).mean() >= rate
+        assert (anomalous > np.float32(threshold)).mean() < rate
+
+
+def test_a_threshold_from_few_pixels_is_that_of_all(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames hold ten times more in-distribution pixels than anomalous ones."""
+    monkeypatch.setattr(calibration, 'PIXELS_PER_FRAME', 1000)
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    card = calibrate(tiny_model, source, tmp_path / 'few.onnx',
+                     CalibrationRequest(criterion='best-f1'))
+    scores, masks = [], []
+    with open_backend(load_model_file(tiny_model)) as backend:
+        pipeline = Pipeline(backend)
+        for frame in source:
+            scores.append(pipeline(frame.image_rgb).anomaly.ravel().copy())
+            masks.append(frame.anomaly_mask.ravel())
+    all_scores, mask = np.concatenate(scores), np.concatenate(masks)
+    curve = PixelCurve.of(all_scores[mask == 1], all_scores[mask == 0])
+    called = all_scores >= card.threshold
+    tp, fp = (int(np.count_nonzero(called & (mask == code))) for code in (1, 0))
+    assert 2 * tp / (tp + fp + curve.positives) > 0.97 * curve.best_f1()[0]
+    assert f'best F1 ({curve.best_f1()[0]:.1f}' in card.threshold_source
 
 
 def test_temperature_is_fitted_and_lowers_the_likelihood(tiny_model: Path,
