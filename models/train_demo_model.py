@@ -433,16 +433,12 @@ def main() -> None:
            for name in SCORES}}
     log['total_minutes'] = round((time.perf_counter() - started) / 60, 1)
     score = 'max_logit'
-    low, high = calibration[0][score]['percentiles_1_99']
     model = {
         'network': 'roadnet', 'weights': weights.name, 'weights_sha256': sha256_file(weights),
         'input_size_hw': DEPLOYED_HW, 'output_stride': RoadNet.output_stride,
         'channel_order': RoadNet.channel_order, 'mean': RoadNet.mean, 'std': RoadNet.std,
         'classes_used': [CITYSCAPES_CLASSES[k] for k in CLASSES_USED], 'score': score,
-        'threshold': calibration[0][score]['best_f1_threshold'],
-        'threshold_chosen': f'best F1 on synthetic drive {CALIBRATION_SEED}, '
-                            f'every {options.test_stride}th of {options.test_frames} frames',
-        'score_range': [low, high], 'seed': options.seed}
+        'seed': options.seed}
     atomic_write_text(options.output / 'demo_model.json', json.dumps(model, indent=1) + '\n')
     atomic_write_text(options.output / 'demo_training_log.json', json.dumps(log, indent=1) + '\n')
     print(json.dumps(log['minimum']))
