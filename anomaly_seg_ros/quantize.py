@@ -40,7 +40,8 @@ PERCENTILE = 99.99
 # 1st to the 99.9th percentile), as a mean over pixels, on this many frames.
 TOLERANCE = 0.01
 TRIAL_FRAMES = 2
-TARGETS = ('onnxruntime', 'openvino', 'tensorrt')
+# What is best for, and the convolutions that it computes in integers.
+TARGETS = {'onnxruntime': ('Conv',), 'openvino': ('Conv', 'ConvTranspose'), 'tensorrt': ('Conv',)}
 # Operators that ONNX Runtime's CPU kernels compute in integers when their inputs are integers.
 BETWEEN = ('Relu', 'Add', 'MaxPool', 'Concat', 'Transpose', 'Reshape')
 
@@ -72,9 +73,10 @@ def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray],
         path = Path(name) / 'float.onnx'
         model = _prepared(graph, path, target)
         onnx.save(model, path)
-        ranges = _ranges(path, (preprocess(frame) for frame in frames))
+        ranges = _ranges(path, (*TARGETS[target], *BETWEEN),
+                         (preprocess(frame) for frame in frames))
     build = _builder(model, ranges, target)
-    parts = _parts(model.graph, () if target == 'tensorrt' else BETWEEN)
+    parts = _parts(model.graph, TARGETS[target], () if target == 'tensorrt' else BETWEEN)
     names: list[str] = []
     in_float: dict[str, float] = {}
     for part in parts:
@@ -113,8 +115,8 @@ def _prepared(graph: bytes, path: Path, target: str) -> Any:
     return onnx.shape_inference.infer_shapes(model)
 
 
-def _ranges(path: Path, inputs: Iterator[np.ndarray]) -> Any:
-    """Return the range of each tensor over the inputs."""
+def _ranges(path: Path, kinds: Sequence[str], inputs: Iterator[np.ndarray]) -> Any:
+    """Return the range, over the inputs, of each tensor that operators of ``kinds`` touch."""
     from onnxruntime import quantization
 
     class One(quantization.CalibrationDataReader):  # type: ignore[misc]
@@ -125,7 +127,7 @@ def _ranges(path: Path, inputs: Iterator[np.ndarray]) -> Any:
             return {'image': self.left.pop()} if self.left else None
 
     calibrator = quantization.create_calibrator(
-        path, ['Conv', *BETWEEN], augmented_model_path=str(path.with_name('augmented.onnx')),
+        path, list(kinds), augmented_model_path=str(path.with_name('augmented.onnx')),
         calibrate_method=quantization.CalibrationMethod.Percentile,
         extra_options={'percentile': PERCENTILE, 'symmetric': False})
     with redirect_stdout(StringIO()):  # it prints each frame
@@ -148,7 +150,7 @@ def _builder(model: Any, ranges: Any, target: str) -> Callable[[Collection[str]]
             copy, per_channel=True, reduce_range=False, weight_qType=kind.QInt8,
             activation_qType=kind.QUInt8 if cpu else kind.QInt8, tensors_range=ranges,
             nodes_to_quantize=list(names), nodes_to_exclude=[],
-            op_types_to_quantize=['Conv', *BETWEEN],
+            op_types_to_quantize=[*TARGETS[target], *BETWEEN],
             extra_options={'ActivationSymmetric': not cpu})
         quantizer.quantize_model()
         quantizer.model.topological_sort()
@@ -157,13 +159,14 @@ def _builder(model: Any, ranges: Any, target: str) -> Callable[[Collection[str]]
     return build
 
 
-def _parts(graph: Any, between: Collection[str]) -> list[list[str]]:
+def _parts(graph: Any, convolutions: Collection[str],
+           between: Collection[str]) -> list[list[str]]:
     """
     Return the names of what can be computed in integers, part by part.
 
-    These are convolutions and the operators of ``between`` all of whose inputs are made by such;
-    a part ends where branches join. Adding in integers what attention layers made in float would
-    only lose digits.
+    These are ``convolutions`` and the operators of ``between`` all of whose inputs are made by
+    such; a part ends where branches join. Adding in integers what attention layers made in float
+    would only lose digits.
     """
     constants = {x.name for x in graph.initializer}
     last = _last(graph)
@@ -171,7 +174,7 @@ def _parts(graph: Any, between: Collection[str]) -> list[list[str]]:
     parts: list[list[str]] = [[]]
     for node in graph.node:
         inputs = {name for name in node.input if name} - constants
-        if node.op_type == 'Conv':
+        if node.op_type in convolutions:
             wanted = node.name not in last and node.input[1] in constants
         else:
             wanted = node.op_type in between and bool(inputs) and inputs <= made

@@ -2,6 +2,7 @@
 """Quantisation to int8: graphs that quantise well, what stays in float, and for whom."""
 
 from collections import Counter
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 import tempfile
@@ -214,6 +215,38 @@ def test_a_network_for_onnxruntime_stays_in_integers_between_its_convolutions() 
         kinds = Counter(node.op_type for node in onnx.load(f'{name}/optimised.onnx').graph.node)
     assert kinds['QLinearConv'] == 5 and kinds['QLinearAdd'] == kinds['QLinearConcat'] == 1
     assert kinds['Relu'] == 0 and kinds['QuantizeLinear'] == kinds['DequantizeLinear'] == 1
+
+
+@pytest.mark.parametrize(('target', 'kinds'), [
+    ('openvino', {'Conv': 2, 'ConvTranspose': 1}), ('tensorrt', {'Conv': 2}),
+    ('onnxruntime', {'Conv': 4})])
+def test_transposed_convolutions_for_each_target(target: str, kinds: dict[str, int]) -> None:
+    """OpenVINO computes them in integers, ONNX Runtime convolutions in their place."""
+    model = model_of([
+        helper.make_node('Conv', ['image', 'w1'], ['a'], pads=[1] * 4, strides=[2, 2]),
+        helper.make_node('Relu', ['a'], ['a_relu']),
+        helper.make_node('ConvTranspose', ['a_relu', 'w2', 'b2'], ['b'], pads=[1] * 4,
+                         strides=[2, 2], output_padding=[1, 1]),
+        helper.make_node('Relu', ['b'], ['b_relu']),
+        helper.make_node('Conv', ['b_relu', 'w3'], ['c']),
+        helper.make_node('Conv', ['c', 'w4'], ['logits']),
+        helper.make_node('Squeeze', ['logits', 'axes'], ['anomaly'])],
+        {'w1': normal(8, 3, 3, 3), 'w2': normal(8, 4, 3, 3) / 4, 'b2': normal(4),
+         'w3': normal(8, 4, 1, 1), 'w4': normal(1, 8, 1, 1), 'axes': np.array([1])},
+        outputs=('anomaly',))
+    result, _ = quantised(model, target)
+    constants = {x.name for x in result.graph.initializer}
+    found = Counter(node.op_type for node in result.graph.node
+                    if node.op_type in ('Conv', 'ConvTranspose')
+                    and node.input[1] not in constants)
+    assert found == kinds
+    if target == 'openvino' and find_spec('openvino'):
+        import openvino
+        image = normal(1, 3, *SIZE_HW)
+        compiled = openvino.compile_model(openvino.Core().read_model(result.SerializeToString()),
+                                          'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+        expected = answer(result, image, 'anomaly')
+        assert np.abs(compiled(image)[0] - expected).mean() < 0.01 * np.ptp(expected)
 
 
 def test_what_integers_would_spoil_stays_in_float() -> None:
