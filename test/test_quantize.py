@@ -221,7 +221,7 @@ def test_a_network_for_onnxruntime_stays_in_integers_between_its_convolutions() 
     ('openvino', {'Conv': 2, 'ConvTranspose': 1}), ('tensorrt', {'Conv': 2}),
     ('onnxruntime', {'Conv': 4})])
 def test_transposed_convolutions_for_each_target(target: str, kinds: dict[str, int]) -> None:
-    """OpenVINO computes them in integers, ONNX Runtime convolutions in their place."""
+    """In integers for OpenVINO; for ONNX Runtime convolutions take their place."""
     model = model_of([
         helper.make_node('Conv', ['image', 'w1'], ['a'], pads=[1] * 4, strides=[2, 2]),
         helper.make_node('Relu', ['a'], ['a_relu']),
