@@ -26,8 +26,7 @@ from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
 from anomaly_seg_ros.datasets.reading import codes_in
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.images import (
-    BadImage, decode_message, mask_from_message)
+from anomaly_seg_ros.images import BadImage, decode_message, mask_from_message
 import cv2
 import numpy as np
 from rosbags.interfaces import (

@@ -325,9 +325,9 @@ class WeightedScores:
         return cls(scores[order], np.append(np.cumsum(weights[order][::-1])[::-1], 0.0))
 
     def lowest_with_at_most(self, rate: float) -> float:
-        """Return the lowest float32 that at most this share of the pixels is at or above."""
-        kept = int(np.argmax(self.at_or_above <= rate * self.at_or_above[0]))
-        return float(np.nextafter(self.scores[max(kept - 1, 0)], np.float32(np.inf)))
+        """Return the lowest float32 that at most this share, below 1, is at or above."""
+        first = int(np.argmax(self.at_or_above <= rate * self.at_or_above[0]))
+        return float(np.nextafter(self.scores[first - 1], np.float32(np.inf)))
 
     def highest_with_at_least(self, rate: float) -> float:
         """Return the highest score that at least this share of the pixels is at or above."""
@@ -337,8 +337,7 @@ class WeightedScores:
 
 def best_f1(positives: WeightedScores, negatives: WeightedScores) -> tuple[float, float]:
     """Return the highest F1 and its threshold, the lowest of several."""
-    first = np.flatnonzero(np.append(True, positives.scores[1:] != positives.scores[:-1]))
-    thresholds = positives.scores[first]
+    thresholds, first = np.unique(positives.scores, return_index=True)
     tp = positives.at_or_above[first]
     fp = negatives.at_or_above[np.searchsorted(negatives.scores, thresholds, 'left')]
     f1 = 2 * tp / (tp + fp + positives.at_or_above[0])

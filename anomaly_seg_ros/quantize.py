@@ -40,7 +40,7 @@ PERCENTILE = 99.99
 # 1st to the 99.9th percentile), as a mean over pixels, on this many frames.
 TOLERANCE = 0.01
 TRIAL_FRAMES = 2
-# What is best for, and the convolutions that it computes in integers.
+# What a file is best for, and the convolutions that it computes in integers.
 TARGETS = {'onnxruntime': ('Conv',), 'openvino': ('Conv', 'ConvTranspose'), 'tensorrt': ('Conv',)}
 # Operators that ONNX Runtime's CPU kernels compute in integers when their inputs are integers.
 BETWEEN = ('Relu', 'Add', 'MaxPool', 'Concat', 'Transpose', 'Reshape')

@@ -94,9 +94,8 @@ def after_jpeg(image_rgb: np.ndarray, reduced: bool) -> np.ndarray:
     encoded = cv2.imencode('.jpg', image_rgb[..., ::-1],
                            [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     decoded = decode_compressed(encoded, 'jpeg', SIZE_WH[::-1] if reduced else None)
-    scaled = Resizer(SIZE_WH[::-1], 'antialiased')(
+    return Resizer(SIZE_WH[::-1], 'antialiased')(
         decoded.rgb(), reduced=decoded.array.shape[:2] != decoded.full_size_hw)
-    return scaled.copy()
 
 
 def with_intervals(frames: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:

@@ -491,8 +491,7 @@ class NodeReplay:
         if recorded is not None:
             run.client.send_recorded(recorded, stamp_ns)
         else:
-            run.client.send(frame.image_rgb, stamp_ns,
-                            getattr(frame, 'header_frame_id', 'camera'))
+            run.client.send(frame.image_rgb, stamp_ns)
         self.sent += 1
 
     def _collect(self, run: NodeRun, wait_s: float) -> Iterator[NodeAnswer]:
