@@ -87,7 +87,7 @@ def on_device(fused: 'nn.Module', card: ModelCard,
                 self.register_buffer(f'{name}_0', torch.from_numpy(first))
                 self.register_buffer(f'{name}_1', torch.from_numpy(second))
                 self.register_buffer(f'{name}_weight', torch.from_numpy(weight))
-                self.register_buffer(f'label_{name}', torch.from_numpy(
+                self.register_buffer(f'label_{name}', torch.tensor(
                     nearest_taps(fused_output_hw[axis], frame_hw[axis])))
             self.register_buffer('reverse', torch.tensor([2, 1, 0]))
             for name, values in (('offset', np.array(card.mean) * 255),

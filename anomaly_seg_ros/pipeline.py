@@ -17,6 +17,7 @@ from anomaly_seg_ros.backends.base import Backend
 from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.obstacles import find_obstacles, Obstacle, ObstacleSettings
 from anomaly_seg_ros.preprocess import check_image, Preprocessor
+from anomaly_seg_ros.resize import nearest_taps
 import cv2
 import numpy as np
 
@@ -183,6 +184,10 @@ def resize_output(labels: np.ndarray, anomaly: np.ndarray, size_hw: tuple[int, i
     """
     if labels.shape == size_hw:
         return labels, anomaly
-    size_wh = size_hw[::-1]
-    return (cv2.resize(labels, size_wh, dst=labels_out, interpolation=cv2.INTER_NEAREST_EXACT),
-            cv2.resize(anomaly, size_wh, dst=anomaly_out, interpolation=cv2.INTER_LINEAR))
+    height, width = size_hw
+    # What INTER_NEAREST_EXACT gives for both axes at once, in less than half the time.
+    columns = cv2.resize(labels, (width, len(labels)), interpolation=cv2.INTER_NEAREST_EXACT)
+    labels = np.take(columns, nearest_taps(len(labels), height), axis=0, out=labels_out,
+                     mode='clip')  # the other mode buffers the result
+    return labels, cv2.resize(anomaly, (width, height), dst=anomaly_out,
+                              interpolation=cv2.INTER_LINEAR)

@@ -22,7 +22,7 @@ class Preprocessor:
         height, width = card.input_size_hw
         self._resize = Resizer((height, width), card.resize)
         self._channel_order = card.channel_order
-        self._plane = np.empty((height, width), np.uint8)
+        self._planes = [np.empty((height, width), np.uint8) for _ in range(3)]
         self._input = np.empty((1, 3, height, width), np.float32) if out is None else out
         # (v / 255 - mean) / std has 256 possible values a channel.
         values = np.arange(256) / 255.0
@@ -45,11 +45,11 @@ class Preprocessor:
 
         """
         check_image(image, channel_order)
-        resized = self._resize(image, reduced)
-        swap = channel_order != self._channel_order
-        for channel in range(3):
-            plane = cv2.extractChannel(resized, 2 - channel if swap else channel, self._plane)
-            cv2.LUT(plane, self._tables[channel], dst=self._input[0, channel])
+        planes = cv2.split(self._resize(image, reduced), self._planes)
+        if channel_order != self._channel_order:
+            planes = planes[::-1]
+        for plane, table, out in zip(planes, self._tables, self._input[0], strict=True):
+            cv2.LUT(plane, table, dst=out)
         return self._input
 
 

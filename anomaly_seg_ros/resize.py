@@ -135,10 +135,13 @@ def bilinear_taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return first, np.minimum(first + 1, old - 1), weight.astype(np.float32)
 
 
+@lru_cache(maxsize=64)
 def nearest_taps(old: int, new: int) -> np.ndarray:
-    """Return the int64 (new,) indices that OpenCV's INTER_NEAREST_EXACT takes."""
+    """Return the int64 (new,) indices that OpenCV's INTER_NEAREST_EXACT takes; do not change."""
     index = np.arange(old, dtype=np.float32)[None]
-    return cv2.resize(index, (new, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].astype(np.int64)
+    taps = cv2.resize(index, (new, 1), interpolation=cv2.INTER_NEAREST_EXACT)[0].astype(np.int64)
+    taps.flags.writeable = False
+    return taps
 
 
 def _blur(scale: float, pixel: int, reduced: bool = False) -> tuple[int, float]:

@@ -15,7 +15,7 @@ import numpy as np
 # Outline of an obstacle: a bright line on a black one, seen on any background.
 OUTLINE_RGB = (255, 255, 255)
 _HEAT_OPACITY = 0.8
-_BLOCK_PIXELS = 1 << 16  # 256 KiB of float32
+_BLOCK_PIXELS = 1 << 18  # 1 MiB of float32
 
 
 def colour_labels(labels: np.ndarray, palette: Sequence[Sequence[int]],
@@ -328,7 +328,7 @@ def _write(picture: np.ndarray, text: str, origin_xy: tuple[int, int], size: flo
 
 
 def _row_blocks(size_hw: tuple[int, ...]) -> Iterator[slice]:
-    """Cut a picture into blocks of rows whose scratch arrays stay in the second-level cache."""
+    """Cut a picture into blocks of rows whose scratch arrays stay in the cache."""
     height, width = size_hw
     rows = max(1, _BLOCK_PIXELS // max(1, width))
     for top in range(0, height, rows):

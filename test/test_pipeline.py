@@ -8,10 +8,11 @@ from pathlib import Path
 from anomaly_seg_ros.backends import Backend, open_backend
 from anomaly_seg_ros.model_file import load_model_file, write_model_file
 from anomaly_seg_ros.obstacles import ObstacleSettings
-from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
+from anomaly_seg_ros.pipeline import BadOutput, Pipeline, resize_output, STAGES
 from anomaly_seg_ros.resize import Resizer
 from cards import card, identity_graph, identity_model
 import cv2
+from hypothesis import given, strategies as st
 import numpy as np
 import pytest
 from test_preprocess import bilinear
@@ -221,3 +222,18 @@ def test_equals_pytorch_and_opencv(tiny_model: Path) -> None:
     assert (detection.labels == labels[0, 0].numpy()).mean() > 0.9999
     sure = np.abs(score - threshold) > 1e-5
     np.testing.assert_array_equal(detection.mask[sure] == 255, score[sure] >= threshold)
+
+
+SIZES_HW = st.tuples(st.integers(1, 80), st.integers(1, 80))
+
+
+@given(SIZES_HW, SIZES_HW, st.booleans())
+def test_labels_are_resized_as_opencv_does(old_hw: tuple[int, int], new_hw: tuple[int, int],
+                                           into: bool) -> None:
+    """One axis after the other gives INTER_NEAREST_EXACT of both, larger and smaller."""
+    labels = np.random.default_rng(3).integers(0, 256, old_hw, dtype=np.uint8)
+    out = np.empty(new_hw, np.uint8) if into else None
+    got, _ = resize_output(labels, labels.astype(np.float32), new_hw, out)
+    expected = cv2.resize(labels, new_hw[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    np.testing.assert_array_equal(got, expected.reshape(new_hw))
+    assert got.shape == new_hw and (out is None or old_hw == new_hw or got is out)

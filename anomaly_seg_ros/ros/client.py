@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.images import message_array, message_data
+from anomaly_seg_ros.memory import keep_freed_memory
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from diagnostic_msgs.msg import DiagnosticArray
@@ -166,6 +167,7 @@ class NodeClient:
             ``raw`` or ``compressed``, as the node's parameter: type of the frames.
 
         """
+        keep_freed_memory()
         self.outputs = tuple(outputs)
         self.diagnostics: dict[str, str] = {}
         self.reports = 0
