@@ -4,6 +4,8 @@ What the node adds to the network: camera frames from this process, through it, 
 
 Labels, obstacle mask and the 8-bit heat map are subscribed, as a vehicle would. One frame is on
 its way at a time; both processes share this machine's clock. ``--jpeg`` sends JPEG of quality 90.
+``publish`` is the middleware's work in the node's thread, mostly copying to shared memory; the
+node's own time is judged with it.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import psutil
 from sensor_msgs.msg import CompressedImage, Image
 
 OUTPUTS = ('obstacle_mask', 'labels', 'anomaly_u8')
-TARGET_MS = 12.0
+TARGET_MS = 10.0
 
 
 def camera_messages(size_hw: tuple[int, int], jpeg: bool) -> list[Any]:
@@ -133,7 +135,8 @@ def main() -> None:
             name: stages[name] for name in ('transport in', 'wait', 'decode', 'quality',
                                             'preprocess', 'network', 'upsample', 'obstacles',
                                             'convert', 'publish', 'transport out', 'end to end')},
-        'node, all but network and transport': own})
+        'node, all but network and transport': own,
+        'the same without publish': own - stages['publish']})
     if len(memory) > 4:
         first, last = memory[4], memory[-1]
         print(f'memory of the node after 250 frames {first:.0f} MiB, after {len(memory) * 50} '

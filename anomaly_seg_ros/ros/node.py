@@ -19,7 +19,6 @@ import traceback
 from typing import Any
 
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.memory import keep_freed_memory
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
 from anomaly_seg_ros.ros.inbox import Gate, Mailbox
@@ -397,7 +396,6 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda number, frame: None)
     # The longest that a thread waits for Python's lock; 5 ms by default, too long for a frame.
     sys.setswitchinterval(5e-4)
-    keep_freed_memory()
     try:
         rclpy.init(args=args)
     except RuntimeError as error:  # a parameter file, remapping or log level that rcl cannot read
