@@ -10,6 +10,7 @@ fewer), or that of the best F1.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.metrics.calibration import Calibration
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile, seal_model
+from anomaly_seg_ros.networks.variants import MASK_FAMILIES, VARIANTS
+from anomaly_seg_ros.parity import compare, LIMITS
 from anomaly_seg_ros.pipeline import Pipeline
 from anomaly_seg_ros.preprocess import Preprocessor
 import cv2
@@ -28,7 +31,11 @@ import numpy as np
 
 CRITERIA = ('fpr', 'tpr', 'best-f1')
 PIXELS_PER_FRAME = 100_000
+FIT_PIXELS = 200_000  # of all frames together
+TEMPERATURES = (0.05, 20.0)  # where a fit looks
 _SEED = 0
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,7 +49,8 @@ class CalibrationRequest:
     ----------
     temperature
         ``fit``: on the frames' labels; ``keep``; or a number. None fits where the frames have
-        labels and the score is changed by it (all but max_logit), else keeps.
+        labels, the score is changed by it (all but max_logit) and the graph has logits to divide,
+        else keeps.
     criterion
         ``fpr``: the lowest threshold with at most ``rate`` of the in-distribution pixels above;
         ``tpr``: the highest with at least ``rate`` of the anomalous ones above; ``best-f1``.
@@ -100,12 +108,23 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
     """
     request = request or CalibrationRequest()
     model_file = load_model_file(model)
+    if model_file.path.suffix == '.engine':
+        raise UserError(f'{model}: a TensorRT engine keeps the card that it was built with. '
+                        'Calibrate the .onnx, then build the engine of the result.')
     total = min(len(source), limit or len(source))
     notes: dict[str, Any] = {'data': source.name, 'frames': total}
     temperature = request.temperature
     if temperature is None:
         fit = model_file.card.score != 'max_logit' and source[0].labels is not None
         temperature = 'fit' if fit else 'keep'
+    if temperature != 'keep':
+        try:
+            check_logits(model_file, source[0].image_rgb)
+        except UserError as error:
+            if request.temperature is not None:
+                raise
+            temperature = 'keep'
+            _log.warning('the temperature stays %g: %s', model_file.card.temperature, error)
     if temperature != 'keep':
         if temperature == 'fit':
             temperature, notes['temperature_fit'] = fit_temperature(
@@ -127,7 +146,7 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, d
     Return the temperature of least negative log likelihood, and figures before and after.
 
     Labels are compared at the network's own output size, where the logits are; at most
-    ``PIXELS_PER_FRAME`` random pixels of each frame are used.
+    ``FIT_PIXELS`` pixels are used, drawn evenly from those of all frames.
     """
     import onnxruntime
 
@@ -136,8 +155,7 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, d
     session = onnxruntime.InferenceSession(bare.SerializeToString(),
                                            providers=['CPUExecutionProvider'])
     preprocess = Preprocessor(model.card)
-    rng = np.random.default_rng(_SEED)
-    logits, labels = [], []
+    drawn = _LabelledPixels(FIT_PIXELS)
     for frame in frames:
         if frame.labels is None:
             raise UserError(f'frame {frame.frame_id} has no labels, which the temperature is '
@@ -145,15 +163,20 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, d
         raw = _planes(session.run(names, {'image': preprocess(frame.image_rgb)}),
                       model.card.output_size_hw)
         truth = cv2.resize(frame.labels, raw.shape[:0:-1], interpolation=cv2.INTER_NEAREST_EXACT)
-        chosen = _draw(rng, np.flatnonzero(truth.ravel() != UNLABELLED))
-        logits.append(raw.reshape(len(raw), -1)[:, chosen].T.astype(np.float64))
-        labels.append(truth.ravel()[chosen])
-    f, y = np.concatenate(logits), np.concatenate(labels).astype(np.int64)
+        highest = truth[truth != UNLABELLED].max(initial=0)
+        if highest >= len(raw):
+            raise UserError(f'frame {frame.frame_id}: label {highest} is none of the {len(raw)} '
+                            "classes of this model; give labels that are the model's classes, or "
+                            '--temperature keep')
+        drawn.offer(raw, truth)
+    f, y = drawn.logits.astype(np.float64), drawn.labels.astype(np.int64)
     if not len(y):
         raise UserError('no labelled pixel in these frames; the temperature cannot be fitted')
-    if y.max() >= f.shape[1]:
-        raise UserError(f'label {y.max()} is none of the {f.shape[1]} classes of this model')
     temperature = minimise_nll(f, y)
+    if min(abs(1 / temperature - 1 / limit) for limit in TEMPERATURES) < 1e-6:
+        _log.warning('the fitted temperature %g is the limit of what is looked at, %g to %g: '
+                     "these labels hardly fit the model's classes, or the model is sure of "
+                     'every one', temperature, *TEMPERATURES)
     figures = {}
     for name, value in (('before', 1.0), ('after', temperature)):
         figures[f'nll_{name}'] = negative_log_likelihood(f, y, value)
@@ -167,7 +190,7 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, d
 
 def minimise_nll(logits: np.ndarray, labels: np.ndarray) -> float:
     """
-    Return the temperature in [0.05, 20] that minimises the negative log likelihood.
+    Return the one of ``TEMPERATURES`` that minimises the negative log likelihood.
 
     The likelihood is convex in 1 / T, so a ternary search finds the one minimum.
 
@@ -179,7 +202,7 @@ def minimise_nll(logits: np.ndarray, labels: np.ndarray) -> float:
         integers (N,), below C.
 
     """
-    low, high = 1 / 20, 1 / 0.05
+    high, low = (1 / limit for limit in TEMPERATURES)
     for _ in range(60):
         left, right = low + (high - low) / 3, high - (high - low) / 3
         if negative_log_likelihood(logits, labels, 1 / left) \
@@ -197,15 +220,51 @@ def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature:
 
 
 def with_temperature(model: ModelFile, temperature: float) -> ModelFile:
-    """Return the model with its score computed from logits divided by ``temperature``."""
+    """
+    Return the model with its score computed from logits divided by ``temperature``.
+
+    The card's figures of the score before are dropped; which kind of int8 the graph is stays.
+    """
     from anomaly_seg_ros.export_onnx import append_head, OnnxExportRequest
+    import onnx
 
     bare, logits_names = _bare_graph(model)
-    card = replace(model.card, temperature=temperature)
+    card = replace(model.card, temperature=temperature,
+                   parity={name: value for name, value in model.card.parity.items()
+                           if name == 'int8'})
     append_head(bare, logits_names, OnnxExportRequest(
         weights=model.path, classes=card.classes, score=card.score, temperature=temperature),
         card.input_size_hw, card.output_size_hw)
+    try:
+        onnx.checker.check_model(bare)
+    except onnx.checker.ValidationError as error:
+        raise UserError(f'{model.path}: the graph with its new head is not valid ONNX: '
+                        f'{" ".join(str(error).split())[:400]}. No file was written; use '
+                        '--temperature keep.') from error
     return ModelFile(model.path, '', card, seal_model(bare.SerializeToString(), card))
+
+
+def check_logits(model: ModelFile, image_rgb: np.ndarray) -> None:
+    """
+    Raise UserError unless what the labels are taken from are logits, from which the score comes.
+
+    Ensembles take their labels from mean probabilities. A head on these has another score already
+    at the model's own temperature, which one frame shows.
+    """
+    network_input = Preprocessor(model.card)(image_rgb)
+    answers = []
+    for one in (with_temperature(model, model.card.temperature), model):
+        with open_backend(one) as backend:
+            answers.append(backend.run(network_input))
+    difference = compare(answers[:1], answers[1:])
+    try:
+        difference.check(LIMITS.get(model.card.precision, LIMITS['fp32']), 'the new head',
+                         "the model's own")
+    except UserError as error:
+        raise UserError(f'{model.path}: the graph has no logits to divide: its labels come from '
+                        f'values whose {model.card.score} is off by up to '
+                        f'{difference.max_score_error:.2g}. Export it again with --temperature, '
+                        'or use --temperature keep.') from error
 
 
 def _planes(logits: Sequence[np.ndarray], size_hw: tuple[int, ...]) -> np.ndarray:
@@ -223,7 +282,7 @@ def _bare_graph(model: ModelFile) -> tuple[Any, str | list[str]]:
 
     One tensor (1, C, h, w), or those of ``LogitsHead``: r of (P, C), every r-th row each.
     """
-    from anomaly_seg_ros.export_onnx import SCORES
+    from anomaly_seg_ros.export_onnx import drop_unused, SCORES
     import onnx
 
     if model.card.score not in SCORES or model.card.input_variant != 'host':
@@ -231,6 +290,11 @@ def _bare_graph(model: ModelFile) -> tuple[Any, str | list[str]]:
                         f'with the scores {", ".join(SCORES)}; this is a '
                         f'{model.card.input_variant} model with {model.card.score}. Export it '
                         'again with --temperature, or use --temperature keep.')
+    network = VARIANTS.get(model.card.network, (model.card.network,))[0]
+    if network in MASK_FAMILIES:
+        raise UserError(f'{model.path}: the graph has no logits to divide: {network} gives masks '
+                        'and classes. Export it again with --temperature, or use --temperature '
+                        'keep.')
     graph = onnx.load_model_from_string(model.data)
     inferred = onnx.shape_inference.infer_shapes(graph).graph
     ranks = {x.name: len(x.type.tensor_type.shape.dim) for x in inferred.value_info}
@@ -243,11 +307,7 @@ def _bare_graph(model: ModelFile) -> tuple[Any, str | list[str]]:
                         f'{len(logits)}. Use --temperature keep.')
     del graph.graph.output[:]
     graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(x) for x in logits)
-    for name in ('labels', 'anomaly'):  # these names are given anew
-        for node in graph.graph.node:
-            for index, output in enumerate(node.output):
-                if output == name:
-                    node.output[index] = f'previous_{name}'
+    drop_unused(graph.graph)
     return graph, logits[0] if planes else logits
 
 
@@ -285,6 +345,42 @@ def _choose_threshold(model: ModelFile, frames: Iterator[Frame], request: Calibr
                            'above'), score_range
     f1, threshold = best_f1(positives, negatives)
     return threshold, f'calibrated: best F1 ({f1:.3f})', score_range
+
+
+class _LabelledPixels:
+    """
+    Logits and labels of at most ``size`` pixels, drawn evenly from all that were offered.
+
+    Each pixel gets a random number, and those of the lowest stay: however many frames there are,
+    memory is bounded and every pixel has the same chance.
+
+    Attributes
+    ----------
+    logits, labels
+        float32 (N, C) and uint8 (N,).
+
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._rng = np.random.default_rng(_SEED)
+        self._keys = np.empty(0)
+        self.logits = np.empty((0, 0), np.float32)
+        self.labels = np.empty(0, np.uint8)
+
+    def offer(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        """Draw from a frame's logits (C, h, w) and labels (h, w)."""
+        held = len(self.labels)
+        pixels = np.flatnonzero(labels.ravel() != UNLABELLED)
+        keys = np.append(self._keys, self._rng.random(len(pixels)))
+        stay = np.arange(len(keys))
+        if len(keys) > self._size:
+            stay = np.sort(np.argpartition(keys, self._size)[:self._size])
+        old, new = stay[stay < held], pixels[stay[stay >= held] - held]
+        flat = logits.reshape(len(logits), -1)
+        self._keys = keys[stay]
+        self.logits = np.concatenate([self.logits.reshape(held, len(flat))[old], flat[:, new].T])
+        self.labels = np.concatenate([self.labels[old], labels.ravel()[new]])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ graph stays as it is. Its score is compared with the formula in float64 before a
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 import time
 from typing import Any
@@ -325,14 +325,23 @@ def append_head(model: Any, logits: str | Sequence[str], request: OnnxExportRequ
     from onnx import helper, numpy_helper, TensorProto
 
     graph, opset = model.graph, _opset(model)
+    taken = {x.name for x in (*graph.input, *graph.initializer, *graph.value_info)}
+    taken.update(name for node in graph.node for name in node.output)
+
+    def new_name(stem: str, first: int) -> str:
+        # An older head may have left part of itself: the graph may be one of this function's.
+        names = (f'{stem}_{number}' for number in count(first))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        return name
 
     def add(operator: str, *inputs: str, **attributes: Any) -> str:
-        name = f'anomaly_seg_{len(graph.node)}'
+        name = new_name('anomaly_seg', len(graph.node))
         graph.node.append(helper.make_node(operator, inputs, [name], **attributes))
         return name
 
     def constant(value: Any, dtype: Any = np.float32) -> str:
-        name = f'anomaly_seg_constant_{len(graph.initializer)}'
+        name = new_name('anomaly_seg_constant', len(graph.initializer))
         graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
@@ -402,12 +411,12 @@ def append_head(model: Any, logits: str | Sequence[str], request: OnnxExportRequ
     graph.output.extend([
         helper.make_tensor_value_info('labels', TensorProto.UINT8, shape),
         helper.make_tensor_value_info('anomaly', TensorProto.FLOAT, shape)])
-    _drop_unused(graph)
+    drop_unused(graph)
 
 
-def _drop_unused(graph: Any) -> None:
-    """Remove nodes and constants that neither output needs (other heads of the network)."""
-    needed = {'labels', 'anomaly'}
+def drop_unused(graph: Any) -> None:
+    """Remove nodes and constants that no output needs (other heads of the network)."""
+    needed = {x.name for x in graph.output}
     kept = []
     for node in reversed(graph.node):
         if needed & set(node.output):

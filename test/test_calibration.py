@@ -2,21 +2,26 @@
 """Temperature and threshold against scipy and against their definitions."""
 
 from dataclasses import replace
+import logging
 from pathlib import Path
 
 from anomaly_seg_ros import calibration
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.calibration import (
-    _bare_graph, _Drawn, _planes, best_f1, calibrate, CalibrationRequest, minimise_nll,
-    negative_log_likelihood, WeightedScores, with_temperature)
+    _bare_graph, _Drawn, _planes, best_f1, calibrate, CalibrationRequest, check_logits,
+    minimise_nll, negative_log_likelihood, WeightedScores, with_temperature)
 from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export_onnx import append_head, OnnxExportRequest, reference_answer
+from anomaly_seg_ros.export import export_model, ExportRequest
+from anomaly_seg_ros.export_onnx import (
+    append_head, export_onnx, OnnxExportRequest, reference_answer)
 from anomaly_seg_ros.metrics.pixel import PixelCurve
 from anomaly_seg_ros.model_file import load_model_file, ModelFile, write_model_file
+from anomaly_seg_ros.networks import NETWORKS
 from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.preprocess import Preprocessor
 import cards
 import cv2
 import numpy as np
@@ -24,7 +29,10 @@ import onnx
 import onnxruntime
 import pytest
 from scipy.optimize import minimize_scalar
+import small_network
 from small_network import small_model  # noqa: F401
+import test_export_onnx as onnx_networks
+import torch
 
 
 class Labelled(FrameSource):
@@ -115,6 +123,73 @@ def test_score_at_another_temperature_is_the_formula(
     expected = reference_answer(logits, score, 2.5)
     np.testing.assert_allclose(after.anomaly, expected.anomaly, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(after.labels, before.labels)
+
+
+@pytest.mark.parametrize('score', ['msp', 'entropy'])
+def test_calibrated_again_the_score_is_still_the_formula(score: str, tmp_path: Path) -> None:
+    """Twice, on a graph with a void channel and another head beside the logits."""
+    weights = onnx_networks.network(tmp_path / 'net.onnx', channels=5)
+    request = onnx_networks.request(weights, score=score, void_index=2)
+    image = onnx_networks.frames()[0]
+    card = export_onnx(request, tmp_path / '1.onnx', [image])
+    for before, after, temperature in (('1', '2', 2.0), ('2', '3', 0.5)):
+        card = calibrate(tmp_path / f'{before}.onnx', Labelled(), tmp_path / f'{after}.onnx',
+                         CalibrationRequest(temperature))
+        assert card.parity == {}  # it was that of the score before
+    onnx.checker.check_model(onnx.load(tmp_path / '3.onnx'))
+    network_input = Preprocessor(card)(image)
+    (logits,) = onnxruntime.InferenceSession(weights).run(['logits'], {'pixels': network_input})
+    expected = reference_answer(np.delete(logits[0], 2, 0), score, 0.5)
+    with open_backend(load_model_file(tmp_path / '3.onnx')) as backend:
+        answer = backend.run(network_input)
+    np.testing.assert_allclose(answer.anomaly, expected.anomaly, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(answer.labels, expected.labels)
+
+
+@pytest.mark.parametrize('score', ['msp', 'energy'])
+def test_an_ensemble_keeps_its_temperature(score: str, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch,
+                                           caplog: pytest.LogCaptureFixture) -> None:
+    """It has probabilities where others have logits: its score must stay, or no file be made."""
+    monkeypatch.setitem(NETWORKS, 'small', small_network.load)
+    weights = [tmp_path / f'{gain}.pth' for gain in (1.0, 1.5)]
+    for path in weights:
+        torch.save(small_network.build(float(path.stem)).state_dict(), path)
+    model = tmp_path / 'ensemble.onnx'
+    export_model(ExportRequest('small', weights, score, (32, 64)), model, small_network.frames())
+    with pytest.raises(UserError, match=r'no logits to divide.*--temperature keep'):
+        calibrate(model, Labelled(), tmp_path / 'out.onnx', CalibrationRequest(1.0))
+    assert not (tmp_path / 'out.onnx').exists()
+    with caplog.at_level(logging.WARNING):
+        card = calibrate(model, Labelled(), tmp_path / 'out.onnx')
+    assert 'the temperature stays 1: ' in caplog.text and 'no logits' in caplog.text
+    assert card.temperature == 1 and card.parity == load_model_file(model).card.parity
+    image = np.random.default_rng(2).random((1, 3, 32, 64), np.float32)
+    answers = []
+    for path in (model, tmp_path / 'out.onnx'):
+        with open_backend(load_model_file(path)) as backend:
+            answers.append(backend.run(image).anomaly)
+    np.testing.assert_array_equal(*answers)
+
+
+def test_mask_networks_have_no_logits(tmp_path: Path) -> None:
+    """The energy of their class scores alone looks like one of logits, but only at T = 1."""
+    model = planes_model(tmp_path / 'planes.onnx')
+    image = Labelled()[0].image_rgb
+    check_logits(model, image)
+    for network in ('eomt', 'mask2former_swin_tiny'):
+        with pytest.raises(UserError, match=r'masks and classes.*--temperature'):
+            check_logits(replace(model, card=replace(model.card, network=network)), image)
+
+
+def test_half_precision_graphs_have_logits(tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding in the body is no other score."""
+    monkeypatch.setitem(NETWORKS, 'small', small_network.load)
+    torch.save(small_network.build().state_dict(), tmp_path / 'small.pth')
+    export_model(ExportRequest('small', tmp_path / 'small.pth', 'energy', (32, 64),
+                               precision='fp16'), tmp_path / 'm.onnx', small_network.frames())
+    check_logits(load_model_file(tmp_path / 'm.onnx'), Labelled()[0].image_rgb)
 
 
 def test_threshold_keeps_the_false_positive_rate(tiny_model: Path, small_benchmark: Path,

@@ -12,7 +12,8 @@ from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.fused import applicable_scores, fuse
 from anomaly_seg_ros.networks import load_network
-from anomaly_seg_ros.networks.variants import FAMILY_NAMES, VARIANTS
+from anomaly_seg_ros.networks.huggingface import FAMILIES
+from anomaly_seg_ros.networks.variants import FAMILY_NAMES, MASK_FAMILIES, VARIANTS
 import cv2
 import numpy as np
 import pytest
@@ -89,6 +90,11 @@ def test_every_applicable_score_runs(case, folders):
         assert labels.shape == anomaly.shape == (1, *size), score
         assert torch.isfinite(anomaly).all(), score
         assert anomaly.std() > 0, score
+
+
+def test_mask_families_are_those_that_give_masks():
+    masks = {name for name, family in FAMILIES.items() if family.outputs == 'masks'}
+    assert masks == set(MASK_FAMILIES)
 
 
 @pytest.mark.parametrize('case, score', [('segformer', 'entropy'), ('eomt', 'rba')])

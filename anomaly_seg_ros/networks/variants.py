@@ -32,6 +32,8 @@ _SWIN = {
 # Architectures of the transformers library; their weights come with a configuration.
 FAMILY_NAMES = ('segformer', 'upernet', 'mask2former', 'eomt', 'dpt', 'beit',
                 'mobilenet_v2_deeplabv3plus')
+# Those that give masks and a class for each, and so no logits of single pixels.
+MASK_FAMILIES = ('mask2former', 'eomt')
 
 # Variant -> family and the configuration by which it differs from the family's default.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
