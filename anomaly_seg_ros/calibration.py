@@ -30,8 +30,9 @@ import cv2
 import numpy as np
 
 CRITERIA = ('fpr', 'tpr', 'best-f1')
+RATES = {'fpr': 0.01, 'tpr': 0.95}  # where none is given
 PIXELS_PER_FRAME = 100_000
-FIT_PIXELS = 200_000  # of all frames together
+FIT_PIXELS = 100_000  # of all frames together
 TEMPERATURES = (0.05, 20.0)  # where a fit looks
 _SEED = 0
 
@@ -55,19 +56,21 @@ class CalibrationRequest:
         ``fpr``: the lowest threshold with at most ``rate`` of the in-distribution pixels above;
         ``tpr``: the highest with at least ``rate`` of the anomalous ones above; ``best-f1``.
     rate
-        A fraction in (0, 1).
+        A fraction in (0, 1); None takes that of ``RATES``.
 
     """
 
     temperature: str | float | None = None
     criterion: str = 'fpr'
-    rate: float = 0.01
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
         if self.criterion not in CRITERIA:
             raise ValueError(f'criterion must be one of {CRITERIA}, got {self.criterion!r}')
-        if not 0 < self.rate < 1:
+        if self.rate is not None and self.criterion not in RATES:
+            raise ValueError(f'criterion {self.criterion} takes no rate, got {self.rate}')
+        if self.rate is not None and not 0 < self.rate < 1:
             raise ValueError(f'rate must be between 0 and 1, got {self.rate}')
         if isinstance(self.temperature, str) and self.temperature not in ('fit', 'keep'):
             raise ValueError(f'temperature must be fit, keep or a number, '
@@ -75,6 +78,11 @@ class CalibrationRequest:
         if isinstance(self.temperature, float) and not (
                 np.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f'temperature must be positive, got {self.temperature}')
+
+    @property
+    def share(self) -> float:
+        """The rate, or that of the criterion (not best-f1, which has none) where none is given."""
+        return self.rate or RATES[self.criterion]
 
 
 def calibrate(model: Path | str, source: FrameSource, output: Path | str,
@@ -333,15 +341,15 @@ def _choose_threshold(model: ModelFile, frames: Iterator[Frame], request: Calibr
     low, high = (everything.lowest_with_at_most(1 - share) for share in (0.01, 0.999))
     score_range = (low, high if high - low > 1e-6 else low + 1.0)
     if request.criterion == 'fpr':
-        threshold = negatives.lowest_with_at_most(request.rate)
-        return threshold, (f'calibrated: {request.rate:.3g} of the in-distribution pixels at or '
+        threshold = negatives.lowest_with_at_most(request.share)
+        return threshold, (f'calibrated: {request.share:.3g} of the in-distribution pixels at or '
                            'above'), score_range
     if not positives.scores.size:
         raise UserError(f'criterion {request.criterion} needs anomalous pixels, and these frames '
                         'have none; use --criterion fpr')
     if request.criterion == 'tpr':
-        threshold = positives.highest_with_at_least(request.rate)
-        return threshold, (f'calibrated: {request.rate:.3g} of the anomalous pixels at or '
+        threshold = positives.highest_with_at_least(request.share)
+        return threshold, (f'calibrated: {request.share:.3g} of the anomalous pixels at or '
                            'above'), score_range
     f1, threshold = best_f1(positives, negatives)
     return threshold, f'calibrated: best F1 ({f1:.3f})', score_range

@@ -8,8 +8,8 @@ from pathlib import Path
 from anomaly_seg_ros import calibration
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.calibration import (
-    _bare_graph, _Drawn, _planes, best_f1, calibrate, CalibrationRequest, check_logits,
-    minimise_nll, negative_log_likelihood, WeightedScores, with_temperature)
+    _bare_graph, _Drawn, _LabelledPixels, _planes, best_f1, calibrate, CalibrationRequest,
+    check_logits, minimise_nll, negative_log_likelihood, WeightedScores, with_temperature)
 from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
@@ -211,6 +211,18 @@ def test_threshold_keeps_the_false_positive_rate(tiny_model: Path, small_benchma
     assert 0.045 < flagged / total <= 0.05
 
 
+def test_rates_where_none_is_given(tiny_model: Path, small_benchmark: Path,
+                                   tmp_path: Path) -> None:
+    """One in a hundred false positives, 95 of a hundred anomalous pixels found."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    for criterion, said in (('fpr', '0.01 of the in-dist'), ('tpr', '0.95 of the anomalous')):
+        card = calibrate(tiny_model, source, tmp_path / 'out.onnx',
+                         CalibrationRequest(criterion=criterion))
+        assert said in card.threshold_source
+    with pytest.raises(ValueError, match='best-f1 takes no rate'):
+        CalibrationRequest(criterion='best-f1', rate=0.05)
+
+
 def test_threshold_by_recall_and_by_f1(tiny_model: Path, small_benchmark: Path,
                                        tmp_path: Path) -> None:
     """At least the asked share of anomalous pixels is found; best F1 is the evaluator's."""
@@ -281,6 +293,47 @@ def test_temperature_is_fitted_and_lowers_the_likelihood(tiny_model: Path,
     assert figures['nll_after'] < figures['nll_before']
     assert figures['ece_after'] < figures['ece_before']
     assert card.temperature > 1
+
+
+def test_pixels_of_the_fit_are_few_and_drawn_evenly(tiny_model: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pixel of each frame has the same chance, and a draw gives nearly the same fit."""
+    drawn = _LabelledPixels(3000)
+    sizes = (500, 4000, 20, 9000, 6480)
+    for number, count in enumerate(sizes):
+        labels = np.full((100, 200), 255, np.uint8)
+        labels.ravel()[:count] = number
+        logits = np.full((3, 100, 200), 10 * number, np.float32)
+        logits[1] += np.arange(20000).reshape(100, 200) % 10
+        drawn.offer(logits, labels)
+    assert drawn.logits.shape == (3000, 3) and len(drawn.labels) == 3000
+    np.testing.assert_array_equal(drawn.logits[:, 0], 10 * drawn.labels)
+    np.testing.assert_allclose(np.bincount(drawn.labels) / 3000, np.array(sizes) / 20000,
+                               atol=0.02)
+    np.testing.assert_allclose((drawn.logits[:, 1] - drawn.logits[:, 0]).mean(), 4.5, atol=0.2)
+
+    whole = calibrate(tiny_model, Labelled(), tmp_path / 'whole.onnx',
+                      CalibrationRequest(temperature='fit'))
+    monkeypatch.setattr(calibration, 'FIT_PIXELS', 5000)
+    few = calibrate(tiny_model, Labelled(), tmp_path / 'few.onnx',
+                    CalibrationRequest(temperature='fit'))
+    assert few.temperature != whole.temperature
+    figures = [card.provenance['calibration']['temperature_fit'] for card in (few, whole)]
+    assert figures[0]['nll_after'] == pytest.approx(figures[1]['nll_after'], rel=0.01)
+
+
+def test_a_fit_that_ends_at_a_limit_is_said(tiny_model: Path, tmp_path: Path,
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    """Labels that are the network's own answers want a softmax as sharp as there is."""
+    source = Labelled(1)
+    with open_backend(load_model_file(tiny_model)) as backend:
+        own = Pipeline(backend)(source[0].image_rgb).labels.copy()
+    source._frames = [replace(source[0], labels=own)]
+    with caplog.at_level(logging.WARNING):
+        card = calibrate(tiny_model, source, tmp_path / 'out.onnx',
+                         CalibrationRequest(temperature='fit'))
+    assert 'is the limit' in caplog.text
+    assert card.temperature == pytest.approx(0.05)
 
 
 def test_what_the_frames_lack_is_said(tiny_model: Path, small_benchmark: Path,
