@@ -255,6 +255,8 @@ def _check_request(request: ExportRequest, frames: Iterable[np.ndarray] | None,
             raise UserError('a device graph is made for one camera: give --frame-size HxW')
         if request.precision == 'int8':
             raise UserError('int8 is made as a host graph only; choose --input-variant host')
+    if not (np.isfinite(request.temperature) and request.temperature > 0):
+        raise UserError(f'temperature must be positive, got {request.temperature}')
     if request.resize not in (None, *RESIZES):
         raise UserError(f'unknown resize {request.resize!r}; choose {" or ".join(RESIZES)}')
     if request.int8_for not in TARGETS:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line as a user meets it: real processes, exit codes, messages."""
 
+from dataclasses import asdict
+import hashlib
 import json
 from pathlib import Path
 import subprocess
@@ -9,6 +11,9 @@ from typing import Any
 
 from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.datasets import open_dataset
+from anomaly_seg_ros.engine import EngineKey, record_path
+from anomaly_seg_ros.model_file import write_model_file
+import cards
 from click.testing import CliRunner
 import cv2
 import numpy as np
@@ -38,6 +43,7 @@ def test_designed_commands_are_there() -> None:
             'replay', 'calibrate', 'bench', 'compare', 'doctor', 'fetch'} <= set(cli.commands)
 
 
+EXPORT = ['export', '--weights', 'w', '--output', 'o']
 BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
 
 
@@ -45,6 +51,15 @@ BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
     (['no-such-command'], 'no-such-command'), (['evaluate'], 'MODEL'),
     (['evaluate', 'm.onnx', '--limit', '0'], '--limit'),
     (['export', 'erfnet', '--weights', 'w', '--output', 'o', '--input-size', '512'], '512'),
+    ([*EXPORT, 'erfnet', '--temperature', 'nan'], 'finite'),
+    ([*EXPORT, 'erfnet', '--precision', 'int8', '--maximum-drop', 'nan'], 'finite'),
+    ([*EXPORT, 'onnx', '--mean', '0,nan,0'], 'three numbers'),
+    ([*EXPORT, 'erfnet', '--mean', '0.5,0.5,0.5', '--classes', '/nonexistent', '--void-index',
+      '3', '--upsample'], '--mean, --classes, --void-index, --upsample only with NETWORK onnx'),
+    ([*EXPORT, 'erfnet', '--frame-size', '10x20'], 'only with --input-variant device'),
+    ([*EXPORT, 'onnx', '--int8-for', 'openvino'], '--int8-for only with --precision int8'),
+    (['calibrate', 'm', '--dataset', 'acdc', '--root', 'r', '--output', 'o', '--criterion',
+      'best-f1', '--rate', '0.5'], 'best-f1 takes no rate'),
     (['export', 'unet', '--weights', 'w', '--output', 'o'], 'erfnet, roadnet'),
     (['calibrate', 'm', '--dataset', 'unknown', '--root', 'r', '--output', 'o'], 'streethazards'),
     (['make-bag', '--output', 'bag'], '--video'),
@@ -87,6 +102,50 @@ def test_inspect_prints_the_card(tiny_model: Path) -> None:
     card = json.loads(result.stdout)
     assert card['score'] == 'max_logit'
     assert card['input_size_hw'] == [64, 128]
+
+
+def test_inspect_shows_the_card_also_where_it_does_not_run(tmp_path: Path) -> None:
+    """Of an engine without its GPU, and of a file whose graph is not as its card says."""
+    engine = engine_file(tmp_path / 'm.engine')
+    result = run('inspect', engine)
+    assert result.returncode == 0, result.stderr
+    assert 'max_logit' in result.stdout and 'does not run here' in result.stdout
+    graph = cards.identity_graph().SerializeToString()
+    write_model_file(tmp_path / 'm.onnx', graph, cards.card((32, 64)))
+    result = run('inspect', tmp_path / 'm.onnx')
+    assert result.returncode == 1
+    assert 'max_logit' in result.stdout and 'm.onnx' in result.stderr
+
+
+def test_an_engine_is_not_calibrated(tmp_path: Path, small_benchmark: Path) -> None:
+    """Said before any frame is run, with what to do."""
+    engine = engine_file(tmp_path / 'm.engine')
+    result = run('calibrate', engine, '--dataset', 'road_anomaly_21', '--root', small_benchmark,
+                 '--temperature', 'keep', '--backend', 'tensorrt', '--output', tmp_path / 'o')
+    assert result.returncode == 1
+    assert 'Calibrate the .onnx' in result.stderr
+    assert not (tmp_path / 'o').exists()
+
+
+def engine_file(path: Path) -> Path:
+    """Write what looks like an engine, with its record."""
+    data = b'ftrtplan' + bytes(100)
+    path.write_bytes(data)
+    key = EngineKey(model_sha256='0' * 64, tensorrt='10.16', gpu='X', compute_capability='9.0',
+                    hardware_compatibility='none', precision='fp32', ports=('a',))
+    record_path(path).write_text(json.dumps(
+        {'key': asdict(key), 'card': asdict(cards.card()), 'layer_precisions': {},
+         'engine_sha256': hashlib.sha256(data).hexdigest()}))
+    return path
+
+
+def test_class_names_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    """The file, and what it should be."""
+    (tmp_path / 'classes.txt').write_bytes('straße\n'.encode('latin-1'))
+    result = run('export', 'onnx', '--weights', tmp_path / 'n.onnx', '--classes',
+                 tmp_path / 'classes.txt', '--output', tmp_path / 'o.onnx')
+    assert result.returncode == 1
+    assert 'classes.txt: expected UTF-8' in result.stderr
 
 
 def test_benchmark_to_bag_to_metrics(tiny_model: Path, small_benchmark: Path,

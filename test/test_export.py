@@ -216,6 +216,7 @@ def test_int8_is_gated_by_the_metrics(
     ({'input_variant': 'device'}, '--frame-size'),
     ({'input_size_hw': (33, 64)}, 'divisible by 2, got 33x64; the nearest possible is 32x64'),
     ({'precision': 'int8'}, '--gate-dataset'),
+    ({'temperature': float('nan')}, 'temperature must be positive, got nan'),
     ({'weights': Path('nowhere.pth')}, 'nowhere.pth')])
 def test_what_cannot_be_exported_is_refused(changes: dict[str, Any], message: str,
                                             small_weights: Path,  # noqa: F811

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.commands.options import (
-    backend_options, CONSOLE, DATASET, dataset_source, FILE, FiniteFloat, NETWORK, OUT,
-    progress_bar, require, SizeType, ThreeFloats)
+    backend_options, CONSOLE, DATASET, dataset_source, FILE, FiniteFloat, FiniteRange, NETWORK,
+    OUT, progress_bar, require, SizeType, ThreeFloats)
 from anomaly_seg_ros.errors import UserError
 import click
+from click.core import ParameterSource
 from rich.table import Table
+
+# Options of export by what they need.
+ONNX_ONLY = ('logits', 'mean', 'std', 'channel_order', 'classes', 'void_index', 'upsample')
+INT8_ONLY = ('gate_dataset', 'gate_root', 'maximum_drop', 'int8_for')
 
 
 @click.command('export')
@@ -33,7 +38,7 @@ from rich.table import Table
 @click.option('--resize', type=click.Choice(['antialiased', 'bilinear']),
               help='How frames are scaled to the input size. Default: as in the training of '
                    'NETWORK, antialiased for all but roadnet.')
-@click.option('--temperature', type=click.FloatRange(0, min_open=True), default=1.0,
+@click.option('--temperature', type=FiniteRange(0, min_open=True), default=1.0,
               show_default=True, help='Divides the logits before the score.')
 @click.option('--threshold', type=FiniteFloat(),
               help='Decision threshold for the card. Default: provisional, from the frames.')
@@ -43,7 +48,7 @@ from rich.table import Table
 @click.option('--gate-dataset', type=DATASET,
               help='int8: data set whose metrics may not fall too far.')
 @click.option('--gate-root', type=FILE, help='int8: its folder.')
-@click.option('--maximum-drop', type=click.FloatRange(0, 1), default=0.02, show_default=True,
+@click.option('--maximum-drop', type=FiniteRange(0, 1), default=0.02, show_default=True,
               help='int8: by how much AP and mIoU may fall, as a fraction.')
 @click.option('--int8-for', type=click.Choice(['onnxruntime', 'openvino', 'tensorrt']),
               default='onnxruntime', show_default=True,
@@ -73,13 +78,13 @@ def export_command(network: str, weights: tuple[Path, ...], output: Path,
     NETWORK is erfnet, segformer, mask2former, eomt, ...; "onnx" takes any ONNX graph that gives
     logits.
     """
+    _refuse_idle_options(network, options['precision'], options['input_variant'])
     require('export', 'torch', 'onnx', 'onnxscript')
     from anomaly_seg_ros.datasets.media import ImageFolder
 
     images = None if frames is None else (frame.image_rgb for frame in ImageFolder(frames))
     one = weights[0] if len(weights) == 1 else weights
-    of_onnx = {name: options.pop(name) for name in (
-        'logits', 'mean', 'std', 'channel_order', 'classes', 'void_index', 'upsample')}
+    of_onnx = {name: options.pop(name) for name in ONNX_ONLY}
     with CONSOLE.status('exporting and comparing with the reference'):
         if network == 'onnx':
             card = _export_onnx(one, input_size_hw, options, of_onnx, output, images)
@@ -100,6 +105,20 @@ def export_command(network: str, weights: tuple[Path, ...], output: Path,
     OUT.print(f'threshold {card.threshold:.6g} ({card.threshold_source})', highlight=False)
 
 
+def _refuse_idle_options(network: str, precision: str, input_variant: str) -> None:
+    """Raise UsageError for options that were given and would not be looked at."""
+    context = click.get_current_context()
+    for applies, needed, names in (
+            (network == 'onnx', 'with NETWORK onnx', ONNX_ONLY),
+            (precision == 'int8', 'with --precision int8', INT8_ONLY),
+            (input_variant == 'device', 'with --input-variant device', ('frame_size_hw',))):
+        idle = [parameter.opts[0] for parameter in context.command.params
+                if parameter.name in names and context.get_parameter_source(parameter.name)
+                is ParameterSource.COMMANDLINE]
+        if idle and not applies:
+            raise click.UsageError(f'{", ".join(idle)} only {needed}')
+
+
 def _export_onnx(weights: Any, input_size_hw: tuple[int, int] | None, options: dict[str, Any],
                  of_onnx: dict[str, Any], output: Path, images: Any) -> Any:
     from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
@@ -116,6 +135,9 @@ def _export_onnx(weights: Any, input_size_hw: tuple[int, int] | None, options: d
         except OSError as error:
             raise UserError(f'{of_onnx["classes"]}: neither "cityscapes" nor a readable file with '
                             f'one class name a line ({error.strerror})') from error
+        except UnicodeDecodeError as error:
+            raise UserError(f'{of_onnx["classes"]}: expected UTF-8 text with one class name a '
+                            f'line, byte {error.start} is none. Store it as UTF-8.') from error
         classes = tuple(line.strip() for line in text.splitlines() if line.strip())
     return export_onnx(OnnxExportRequest(
         weights=weights, input_size_hw=input_size_hw, score=options['score'],
@@ -159,17 +181,19 @@ def build_engine_command(model: Path, output: Path | None, workspace_mib: int | 
 @click.option('--option', 'options', multiple=True, metavar='KEY=VALUE',
               help='Further options of the data set.')
 @click.option('--temperature', metavar='fit|keep|NUMBER',
-              help='Default: fit where there are labels and the score depends on it, else keep.')
+              help='Default: fit where there are labels, and logits on which the score depends; '
+                   'else keep.')
 @click.option('--criterion', type=click.Choice(['fpr', 'tpr', 'best-f1']), default='fpr',
               show_default=True, help='What the threshold is chosen by.')
-@click.option('--rate', type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.01,
-              show_default=True, help='Fraction of pixels, for fpr and tpr.')
+@click.option('--rate', type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help='Fraction of pixels at or above the threshold: of the in-distribution ones for '
+                   'fpr, of the anomalous ones for tpr. Default: 0.01 for fpr, 0.95 for tpr.')
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
 @click.option('--output', type=FILE, required=True, help='The model file to write.')
 @backend_options
 def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
                       options: tuple[str, ...], temperature: str | None, criterion: str,
-                      rate: float, limit: int | None, output: Path, backend: str,
+                      rate: float | None, limit: int | None, output: Path, backend: str,
                       threads: int) -> None:
     """Write MODEL with temperature and threshold set on a data set."""
     from anomaly_seg_ros.calibration import calibrate, CalibrationRequest
@@ -247,6 +271,7 @@ def fetch_command(name: str, folder: Path) -> None:
 def inspect(model: Path, as_json: bool) -> None:
     """Show the card of MODEL and its graph's inputs and outputs."""
     from anomaly_seg_ros.backends import open_backend
+    from anomaly_seg_ros.backends.tensorrt import TensorrtBackend
     from anomaly_seg_ros.model_file import load_model_file
     model_file = load_model_file(model)
     if as_json:
@@ -257,7 +282,15 @@ def inspect(model: Path, as_json: bool) -> None:
         if key == 'palette':
             continue
         table.add_row(key, ', '.join(map(str, value)) if isinstance(value, list) else str(value))
-    table.add_row('sha256', model_file.sha256)
-    with open_backend(model_file, 'cpu') as backend:
-        table.add_row('runs on', ', '.join(f'{k} {v}' for k, v in backend.describe().items()))
-    OUT.print(table)
+    engine = model.suffix == '.engine'
+    table.add_row('sha256 of the .onnx' if engine else 'sha256', model_file.sha256)
+    reason = TensorrtBackend.unavailable(model_file) if engine else None
+    try:
+        if reason is not None:  # no fault of the file: it may be another machine's
+            table.add_row('does not run here', reason)
+        else:
+            with open_backend(model_file, 'tensorrt' if engine else 'cpu') as backend:
+                table.add_row('runs on',
+                              ', '.join(f'{k} {v}' for k, v in backend.describe().items()))
+    finally:
+        OUT.print(table)

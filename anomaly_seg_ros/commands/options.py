@@ -50,6 +50,8 @@ class ThreeFloats(click.ParamType):
         try:
             first, second, third = (float(part) for part in str(value).split(','))
         except ValueError:
+            first = second = third = math.nan
+        if not all(map(math.isfinite, (first, second, third))):
             self.fail(f'{value!r} is not three numbers such as 0.485,0.456,0.406', param, ctx)
         return first, second, third
 
@@ -68,6 +70,14 @@ class FiniteFloat(click.ParamType):
         if not math.isfinite(number):
             self.fail(f'{value!r} is not a finite number', param, ctx)
         return number
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; not NaN, which passes every comparison, and not infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a float."""
+        return FiniteFloat().convert(super().convert(value, param, ctx), param, ctx)
 
 
 class OneOf(click.ParamType):
