@@ -24,7 +24,8 @@ from typing import Any, TYPE_CHECKING
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.integer_graph import (
     normalisations_as_convolutions, split_normalisations, transposed_as_convolutions)
-from anomaly_seg_ros.metrics.pixel import PixelCurve, split_scores
+from anomaly_seg_ros.metrics.pixel import (
+    NegativeCounts, PixelCurve, PositiveScores, split_scores)
 from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.preprocess import Preprocessor
@@ -248,7 +249,7 @@ def _metrics(model: ModelFile, dataset: 'Sequence[Frame]') -> dict[str, float]:
     from anomaly_seg_ros.backends import open_backend
     from anomaly_seg_ros.pipeline import Pipeline
 
-    positives, negatives = [], []
+    positives, negatives = PositiveScores(), []
     confusion = ConfusionMatrix(model.card.classes)
     labelled = False
     with open_backend(model, 'cpu') as backend:
@@ -257,14 +258,17 @@ def _metrics(model: ModelFile, dataset: 'Sequence[Frame]') -> dict[str, float]:
             detection = pipeline(frame.image_rgb)
             if frame.anomaly_mask is not None:
                 split = split_scores(detection.anomaly, frame.anomaly_mask, frame.frame_id)
-                positives.append(split.positives)
+                positives.update(split.positives)
                 negatives.append(split.negatives)
             if frame.labels is not None:
                 labelled = True
                 confusion.update(detection.labels, frame.labels, frame.frame_id)
     metrics: dict[str, float] = {}
-    if positives:
-        curve = PixelCurve.of(np.concatenate(positives), np.concatenate(negatives))
+    if negatives:
+        counts = NegativeCounts(positives.result()[0])
+        while negatives:  # each frame is let go when it is counted
+            counts.update(negatives.pop())
+        curve = PixelCurve.from_counts(positives, counts)
         if curve.undefined is None:
             metrics['average_precision'] = curve.average_precision()
     if labelled:

@@ -6,15 +6,20 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 import tempfile
+import tracemalloc
 from typing import Any
 
+from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.backends.onnxruntime import adds_int8_exactly
+from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.engine import refuse_cpu_int8
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.integer_graph import (
     normalisations_as_convolutions, split_normalisations, transposed_as_convolutions)
+from anomaly_seg_ros.metrics.pixel import PixelCurve
 from anomaly_seg_ros.model_file import ModelFile
-from anomaly_seg_ros.quantize import quantize, TARGETS
+from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.quantize import _metrics, quantize, TARGETS
 import cards
 import numpy as np
 import onnx
@@ -273,6 +278,31 @@ def test_a_network_that_cannot_be_quantised_is_refused() -> None:
                      {'w': normal(1, 3, 1, 1), 'axes': np.array([1])}, outputs=('anomaly',))
     with pytest.raises(UserError, match='no convolution that can be computed in integers'):
         quantize(model.SerializeToString(), cards.card(SIZE_HW), frames())
+
+
+def test_the_gate_holds_each_score_once(tmp_path: Path) -> None:
+    """Average precision and mean IoU are those of all scores at once, in less memory."""
+    model = cards.identity_model(tmp_path / 'm.onnx')
+    rng = np.random.default_rng(6)
+    dataset = []
+    for index in range(30):
+        mask = np.zeros((200, 300), np.uint8)
+        mask[20:30, 40:60] = 1
+        mask[:5] = 255
+        dataset.append(Frame(str(index), rng.integers(0, 256, (200, 300, 3), np.uint8), mask,
+                             rng.integers(0, 3, (200, 300), dtype=np.uint8)))
+    tracemalloc.start()
+    metrics = _metrics(model, dataset)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.6 * 4 * 200 * 300 * 30
+    with open_backend(model) as backend:
+        pipeline = Pipeline(backend)
+        scores = np.stack([pipeline(frame.image_rgb).anomaly.copy() for frame in dataset])
+    masks = np.stack([frame.anomaly_mask for frame in dataset])
+    assert metrics['average_precision'] == PixelCurve.of(
+        scores[masks == 1], scores[masks == 0]).average_precision()
+    assert 0 < metrics['miou'] < 1
 
 
 @pytest.mark.parametrize(('target', 'refused'), [('onnxruntime', True), ('tensorrt', False),
