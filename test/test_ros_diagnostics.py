@@ -118,7 +118,8 @@ def test_slow_frames_warn_and_then_are_an_error() -> None:
     limits = {'max_allowed_processing_time_ms': 50.0,
               'max_acceptable_consecutive_delay_ms': 200.0}
     assert judge(monitor, **limits)['processing'].level == WARN
-    time.sleep(0.15)
+    time.sleep(0.25)
+    assert judge(monitor, **limits)['processing'].level == OK  # one slow frame, none since
     monitor.answered(slow, 50.0)
     status = judge(monitor, **limits)['processing']
     assert status.level == ERROR
@@ -198,6 +199,13 @@ def test_flags_fallback_and_callback_errors() -> None:
     assert statuses['node'].level == ERROR
     assert '2 fallback masks' in statuses['node'].message
     assert judge(monitor)['node'].level == OK
+
+
+def test_a_long_error_is_cut() -> None:
+    """It is in every report, and may quote what a message held."""
+    monitor = Monitor()
+    monitor.dropped('bad_image', 'x' * 5_000_000)
+    assert len(judge(monitor)['node'].values['last_error']) < 1100
 
 
 def test_model_warnings_and_refused_swap() -> None:

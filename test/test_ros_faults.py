@@ -382,6 +382,43 @@ def test_a_model_that_does_not_open_is_given_up(model: Path, pipeline: Pipeline,
         check_recovered(driver, replaced)
 
 
+def test_settings_fit_the_model_that_is_about_to_take_over(model: Path, tmp_path: Path) -> None:
+    """Until the next frame two models may answer it: what does not fit both is refused."""
+    other = write_tiny_model(tmp_path / 'other.onnx', name='other', score='msp', threshold=0.2,
+                             drivable=())
+    device = write_tiny_model(tmp_path / 'device.onnx', input_variant='device',
+                              frame_size_hw=(480, 640), output_size_hw=(480, 640))
+    with NodeRun({**FAST, 'model': str(model)}, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        driver.answer(make_frame(1))
+        assert 'exported for camera frames of 480x640, this camera sends 96x160' \
+            in driver.set_parameters(model=str(device))
+        assert 'home directory' in driver.set_parameters(model='~nosuchuser/x.onnx')
+        assert driver.set_parameters(model=str(other)) == ''
+        for _ in range(2):  # while it is being loaded, perhaps, and while it waits
+            assert 'about to take over' in driver.set_parameters(threshold=0.95)
+            assert "model 'other' has no drivable" in driver.set_parameters(region='drivable')
+            driver.wait(lambda: 'is warm' in run.client.diagnostics['model.last_change'])
+        driver.answer(make_frame(2))
+        found = driver.fresh()
+        assert (found['model.name'], found['model.threshold']) == ('other', '0.2')
+        assert driver.set_parameters(threshold=0.95) == ''
+
+
+def test_a_change_of_the_model_ends_with_cleanup(model: Path, pipeline: Pipeline,
+                                                 tmp_path: Path) -> None:
+    """A model that cannot be opened is given up also when nothing is loaded any more."""
+    wrong = write_tiny_model(tmp_path / 'wrong.onnx', input_size_hw=(32, 32))
+    with NodeRun({**FAST, 'model': str(model)}, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        assert driver.set_parameters(model=str(wrong)) == ''
+        assert driver.change_state('deactivate') and driver.change_state('cleanup')
+        driver.wait(lambda: driver.get_parameter('model') == str(model), what='parameter back')
+        assert driver.change_state('configure') and driver.change_state('activate')
+        driver.wait(lambda: run.client.ready, what='connection')
+        check_recovered(driver, pipeline)
+
+
 def test_model_file_removed_and_replaced_while_it_is_used(model: Path, pipeline: Pipeline,
                                                           tmp_path: Path) -> None:
     path = tmp_path / 'used.onnx'
@@ -434,6 +471,16 @@ def test_fallback_mask_whenever_the_node_cannot_vouch(model: Path, pipeline: Pip
         fallback(driver.send(make_frame(2, corner=NAN)), 'NaN')
         fallback(driver.send(make_frame(2, corner=RAISE)), 'exception')
         fallback(driver.send(np.zeros((96, 160, 3), np.uint8)), 'black frame')
+        other = driver.send(make_frame(2, (200, 120), corner=NAN))
+        fallback(other, 'NaN in a frame of another size')
+        assert masks[other].shape == (200, 120)
+        assert driver.set_parameters(max_frame_age_ms=100.0) == ''
+        for age in range(3):
+            old = driver.next_stamp() - 5_000_000_000
+            run.client.send(make_frame(age), old)
+            fallback(old, 'frame that is too old')
+        assert 'too_old: 5' in driver.fresh()['processing']
+        assert driver.set_parameters(max_frame_age_ms=0.0) == ''
 
         before = len(flagged)
         stall = driver.send(make_frame(3, corner=STALL))

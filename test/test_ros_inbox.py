@@ -31,6 +31,28 @@ def test_clear_counts_what_it_throws_away() -> None:
     assert box.clear() == 0
 
 
+def test_waiting_goes_on_after_a_clear() -> None:
+    """Who was woken by an item that is gone by then waits again, and says so."""
+    waits: list[bool] = []
+    box: Mailbox[int] = Mailbox(on_waiting=lambda: waits.append(True))
+    got: list[int | None] = []
+    thread = threading.Thread(target=lambda: got.append(box.get()))
+    thread.start()
+    while not box.waiting:
+        time.sleep(0.001)
+    with box._changed:  # held, so that the other thread cannot be faster
+        box.put(1)
+        assert box.clear() == 1
+    deadline = time.monotonic() + 5
+    while not box.waiting:
+        assert time.monotonic() < deadline, 'nothing will ever be let in again'
+        time.sleep(0.001)
+    assert len(waits) == 2
+    box.put(2)
+    thread.join(5)
+    assert got == [2]
+
+
 def test_close_ends_waiting_and_refuses_items() -> None:
     box: Mailbox[int] = Mailbox()
     got: list[int | None] = []

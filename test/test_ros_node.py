@@ -22,8 +22,9 @@ import cv2
 import numpy as np
 import pytest
 from rclpy.lifecycle import LifecycleNode
-from ros_helpers import Driver, make_frame, STALL, write_tiny_model
+from ros_helpers import Driver, make_frame, NAN, STALL, write_tiny_model
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from std_msgs.msg import Header
 
 ALL = tuple(IMAGES)
 FAST = {'diagnostics_period_s': 0.1}
@@ -232,6 +233,46 @@ def test_outputs_without_subscribers_are_not_published_and_the_network_pauses(
         driver.send(make_frame(3))
         driver.wait(lambda: int(run.client.diagnostics['processing.answered']) == answered + 1,
                     what='answer without pause')
+
+
+def test_who_listens_for_fallbacks_only_is_told(model: Path) -> None:
+    """The network does not pause for a subscriber of ~/output/fallback alone."""
+    parameters = {**FAST, 'model': str(model), 'fallback_mask': True, 'stale_input_s': 60.0}
+    with NodeRun(parameters, outputs=(), wait_active=False) as run:
+        driver = Driver(run)
+        node = run.client.node
+        for subscription in list(node.subscriptions):
+            if subscription.topic_name.endswith('/debug/frame'):
+                node.destroy_subscription(subscription)
+        got: list[Header] = []
+        node.create_subscription(Header, '/anomaly_seg/output/fallback', got.append, 10)
+        driver.wait(lambda: run.client.diagnostics.get('node.subscribed') == 'fallback', 30.0)
+        stamp_ns = driver.send(make_frame(1, corner=NAN))
+        driver.wait(lambda: got, what='header')
+        assert got == [make_header(stamp_ns)]
+
+
+def test_another_publisher_does_not_make_frames_up(model: Path) -> None:
+    """Sequence numbers of two publishers say nothing about each other, also when one has gone."""
+    with NodeRun({**FAST, 'model': str(model)}, outputs=('labels',)) as run:
+        driver = Driver(run)
+        node = run.client.node
+        other = node.create_publisher(Image, '/anomaly_seg/input/image', 1)
+        driver.wait(lambda: driver.fresh(1)['input.publishers'] == '2', what='match')
+        frame = make_frame(1)
+        message = Image(height=96, width=160, encoding='rgb8', step=480, data=message_data(frame))
+        for _ in range(500):
+            message.header = make_header(driver.next_stamp())
+            other.publish(message)
+        driver.settle(0.5)
+        driver.answer(frame)
+        run.client.stop_sending()
+        driver.wait(lambda: driver.fresh(1)['input.publishers'] == '1', what='one publisher')
+        before = int(driver.fresh()['input.received'])
+        message.header = make_header(driver.next_stamp())
+        other.publish(message)
+        driver.wait(lambda: int(driver.fresh()['input.received']) > before, what='frame')
+        assert int(driver.fresh()['input.received']) == before + 1
 
 
 def test_every_frame_waits_in_a_bounded_queue(model: Path) -> None:

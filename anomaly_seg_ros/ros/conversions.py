@@ -10,6 +10,7 @@ from anomaly_seg_ros.classes import UNLABELLED
 from anomaly_seg_ros.model_file import ModelCard
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 import numpy as np
+from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 
@@ -17,6 +18,11 @@ from std_msgs.msg import Header
 def stamp_to_ns(header: Header) -> int:
     """Return a header's stamp in nanoseconds."""
     return int(header.stamp.sec) * 1_000_000_000 + int(header.stamp.nanosec)
+
+
+def full_name(node: Node) -> str:
+    """Return a node's name with its namespace, as diagnostics tell nodes apart: ``front/name``."""
+    return str(node.get_fully_qualified_name()).lstrip('/')
 
 
 class ImageBuffer:

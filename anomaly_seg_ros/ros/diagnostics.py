@@ -32,7 +32,7 @@ DROPS = {
     'deactivated': 'the node was deactivated while it waited or was worked on',
 }
 # Those that mean that something is wrong with the frame or the node.
-FAILURES = ('bad_image', 'bad_output', 'failed')
+FAILURES = ('bad_image', 'bad_output', 'failed', 'too_old')
 
 # What else can happen at the input.
 _INPUT_EVENTS = {
@@ -47,6 +47,7 @@ STAGES = ('wait', 'decode', 'quality', 'preprocess', 'network', 'upsample', 'obs
           'publish', 'total')
 _WINDOW = 1000   # frames over which percentiles are taken
 _RATE_WINDOW_S = 5.0
+_ERROR_CHARACTERS = 1000  # of the last error, which may quote a message
 
 
 class Latencies:
@@ -139,6 +140,7 @@ class Monitor:
         self._last_stamp_ns: int | None = None
         self._busy_since_s: float | None = None
         self._late_since_s: float | None = None
+        self._late_s = 0.0
         self._slowest_ms = 0.0
         self._age_ms: float | None = None
         self._consecutive_failures = 0
@@ -152,6 +154,7 @@ class Monitor:
             self._last_input_s = time.monotonic()
             self._last_stamp_ns = self._late_since_s = self._age_ms = None
             self._consecutive_failures = 0
+            self._late_s = 0.0
 
     def received(self, stamp_ns: int, age_ms: float, skipped: int = 0) -> None:
         """Count an arrived frame, and those before it that a newer one replaced unseen."""
@@ -186,7 +189,7 @@ class Monitor:
             self._drops[cause] += count
             if cause in FAILURES:
                 self._consecutive_failures += count
-                self._last_error = f'{cause}: {error}'
+                self._last_error = _short(f'{cause}: {error}')
 
     def answered(self, stages_ms: Mapping[str, float], limit_ms: float) -> None:
         """Count an answered frame with the times of its stages."""
@@ -203,6 +206,7 @@ class Monitor:
                 self._late_since_s = None
             elif self._late_since_s is None:
                 self._late_since_s = now_s - total_ms / 1e3
+            self._late_s = 0.0 if self._late_since_s is None else now_s - self._late_since_s
 
     def flagged(self, flags: Sequence[str]) -> None:
         """Count the input-quality flags of a frame."""
@@ -218,7 +222,7 @@ class Monitor:
     def error(self, text: str) -> None:
         """Keep ``text`` as the last error."""
         with self._lock:
-            self._last_error = text
+            self._last_error = _short(text)
 
     @property
     def busy_s(self) -> float:
@@ -234,7 +238,7 @@ class Monitor:
 
     @property
     def consecutive_failures(self) -> int:
-        """Frames in a row that were bad or failed."""
+        """Frames in a row that were bad, too old or failed."""
         with self._lock:
             return self._consecutive_failures
 
@@ -260,7 +264,7 @@ class Monitor:
                 input_hz=self._input.per_second(now_s), output_hz=self._output.per_second(now_s),
                 since_input_s=self._since_input(),
                 busy_s=self._busy(),
-                late_s=0.0 if self._late_since_s is None else now_s - self._late_since_s,
+                late_s=self._late_s,
                 slowest_ms=slowest_ms, age_ms=self._age_ms,
                 consecutive_failures=self._consecutive_failures, last_error=self._last_error,
                 stages=stages)
@@ -324,6 +328,11 @@ class Status:
     level: int
     message: str
     values: Mapping[str, str]
+
+
+def _short(text: str) -> str:
+    """Cut a text that is too long to be sent with every report."""
+    return text if len(text) <= _ERROR_CHARACTERS else f'{text[:_ERROR_CHARACTERS]} ...'
 
 
 def assess(snapshot: Snapshot, state: NodeState, limits: NodeParameters) -> list[Status]:

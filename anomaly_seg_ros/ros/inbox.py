@@ -25,7 +25,11 @@ class Mailbox(Generic[T]):
     """
 
     def __init__(self, size: int = 1, on_waiting: Callable[[], None] | None = None) -> None:
-        """Hold at most ``size`` items; call ``on_waiting`` when somebody begins to wait."""
+        """
+        Hold at most ``size`` items.
+
+        ``on_waiting`` is called when somebody begins to wait; it must not use this mailbox.
+        """
         if size < 1:
             raise ValueError(f'size must be at least 1, got {size}')
         self._size = size
@@ -56,12 +60,14 @@ class Mailbox(Generic[T]):
     def get(self) -> T | None:
         """Wait for an item and take it; None once the mailbox is closed."""
         with self._changed:
-            self._waiting = not self._items and not self._closed
-        if self._waiting and self._on_waiting is not None:
-            self._on_waiting()
-        with self._changed:
             while not self._items and not self._closed:
+                # Again after each wake-up: what was put may have been cleared away since.
+                if not self._waiting:
+                    self._waiting = True
+                    if self._on_waiting is not None:
+                        self._on_waiting()
                 self._changed.wait()
+            self._waiting = False
             return None if self._closed else self._items.popleft()
 
     def clear(self) -> int:

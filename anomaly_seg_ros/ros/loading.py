@@ -59,8 +59,14 @@ def read_model(path: str) -> ModelFile:
         If it is missing, damaged or no model.
 
     """
-    # A launch argument model:=~/net.onnx arrives as it is: the shell expands words that begin so.
-    return load_model_file(Path(path).expanduser() if path else resource(BUNDLED_MODEL))
+    if not path:
+        return load_model_file(resource(BUNDLED_MODEL))
+    try:
+        # A launch argument model:=~/net.onnx arrives as it is: the shell expands only words that
+        # begin so.
+        return load_model_file(Path(path).expanduser())
+    except RuntimeError as error:
+        raise UserError(f'{path}: {error} Give the whole path.') from error
 
 
 def open_model(model: ModelFile, parameters: NodeParameters,

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 import math
 import threading
+from typing import Any
 
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.model_file import ModelFile
-from anomaly_seg_ros.ros.loading import LoadedModel, open_model
+from anomaly_seg_ros.model_file import ModelCard, ModelFile
+from anomaly_seg_ros.ros.loading import open_model
 from anomaly_seg_ros.ros.parameters import NodeParameters
 from anomaly_seg_ros.ros.worker import Worker
 
@@ -37,31 +38,58 @@ class ModelSwap:
         self.failed_from: str | None = None
         self.restoring = False
         self._checked: ModelFile | None = None
+        self._loading: ModelCard | None = None
         self._thread: threading.Thread | None = None
         self._cancelled = False
 
-    def check(self, model: ModelFile, current: LoadedModel, parameters: NodeParameters) -> None:
+    def check(self, model: ModelFile, worker: Worker, parameters: NodeParameters) -> None:
         """
         Refuse a change that would be wrong, before the parameter is set.
 
         Raises
         ------
         UserError
-            If another change is under way, or the settings do not fit the new model.
+            If another change is under way, the settings do not fit the new model, or it was made
+            for frames of another size.
 
         """
         if self._thread is not None and self._thread.is_alive():
             raise UserError('another model is being loaded; wait until it has taken over')
-        scores = [(card.score, card.score_parameters, card.temperature)
-                  for card in (current.card, model.card)]
-        if scores[0] != scores[1] and not math.isnan(parameters.threshold):
+        current = worker.model.card
+        if _units(current) != _units(model.card) and not math.isnan(parameters.threshold):
             raise UserError(
                 f'parameter threshold {parameters.threshold:g} is in units of the score '
-                f'{current.card.score!r}; model {model.path} has {model.card.score!r} '
+                f'{current.score!r}; model {model.path} has {model.card.score!r} '
                 f'(temperature {model.card.temperature:g}). Set threshold to .nan first to take '
                 'the threshold on its card.')
+        wanted_hw, frame_hw = model.card.frame_size_hw, worker.answered_size_hw
+        if wanted_hw is not None and frame_hw is not None and wanted_hw != frame_hw:
+            raise UserError(
+                f'{model.path} was exported for camera frames of {wanted_hw[0]}x{wanted_hw[1]}, '
+                f'this camera sends {frame_hw[0]}x{frame_hw[1]}. Export it with that '
+                '--frame-size, or as a host model, which takes any size.')
         parameters.obstacle_settings(model.card)
         self._checked = model
+
+    def check_settings(self, worker: Worker, parameters: NodeParameters) -> None:
+        """
+        Refuse settings that do not fit every model that may answer the next frame.
+
+        Raises
+        ------
+        UserError
+            If one cannot be used with them, or they have different scores and a threshold is set.
+
+        """
+        loading = self._loading  # read first: it becomes one of the worker's, never the reverse
+        cards = [model.card for model in worker.models] + [card for card in (loading,) if card]
+        for card in cards:
+            parameters.obstacle_settings(card)
+        if not math.isnan(parameters.threshold) \
+                and any(_units(card) != _units(cards[0]) for card in cards):
+            raise UserError(
+                f'model {cards[-1].name!r} with the score {cards[-1].score!r} is about to take '
+                f'over from {cards[0].score!r}: set the threshold when it has.')
 
     def begin(self, old_path: str, parameters: NodeParameters, worker: Worker,
               failed: Callable[[], None]) -> None:
@@ -75,6 +103,7 @@ class ModelSwap:
             raise RuntimeError('begin needs a model that check has accepted')
         self.failed, self.failed_from = False, None
         self.report = f'{model.path} is being loaded'
+        self._loading = model.card
         self._thread = threading.Thread(
             target=self._load, args=(model, old_path, parameters, worker, failed),
             name='anomaly_seg model loader', daemon=True)
@@ -107,10 +136,18 @@ class ModelSwap:
         except Exception as error:  # whatever it is, the old model goes on
             text = str(error) if isinstance(error, UserError) \
                 else f'{model.path}: {type(error).__name__}: {error}'
+            self._loading = None
             self.report, self.failed, self.failed_from = text, True, old_path
             failed()
             return
-        if self._cancelled or not worker.swap(loaded):
+        taken = not self._cancelled and worker.swap(loaded)
+        self._loading = None
+        if not taken:
             loaded.close()
             return
         self.report = f'{model.path} is warm and takes over with the next frame'
+
+
+def _units(card: ModelCard) -> tuple[Any, ...]:
+    """Return what a threshold depends on."""
+    return card.score, card.score_parameters, card.temperature

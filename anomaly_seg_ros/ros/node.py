@@ -19,7 +19,7 @@ import traceback
 from typing import Any
 
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.ros.conversions import stamp_to_ns
+from anomaly_seg_ros.ros.conversions import full_name, stamp_to_ns
 from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
 from anomaly_seg_ros.ros.inbox import Gate, Mailbox
 from anomaly_seg_ros.ros.loading import LoadedModel, open_model, read_model
@@ -164,10 +164,14 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             self.trigger_activate()
 
     def _configure(self) -> None:
+        if not self._swap.join(_STOP_TIMEOUT_S):
+            raise UserError('the model of an earlier change is still being loaded; try again')
+        self._finish_swap()
         parameters = self._settings
         self._watchdog.stop()
         self._watchdog = self._new_watchdog()
         self._swap = ModelSwap()
+        self._monitor.idle()  # a worker that got stuck earlier is no longer looked at
         began_s = time.monotonic()
         model = open_model(read_model(parameters.model), parameters)
         self.get_logger().info(f'{model.path}: {model.card.name} on '
@@ -223,12 +227,13 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         worker, self._worker = self._worker, None
         outputs, self._outputs = self._outputs, None
         self._swap.cancel()
-        if worker is not None and not worker.stop(_STOP_TIMEOUT_S):
-            raise RuntimeError(f'the worker did not end within {_STOP_TIMEOUT_S:.0f} s; its '
-                               'device stays occupied until this process ends')
-        if outputs is not None:
+        stopped = worker is None or worker.stop(_STOP_TIMEOUT_S)
+        if outputs is not None:  # a worker that is stuck may not publish any more either
             with self._outputs_lock:
                 outputs.destroy()
+        if not stopped:
+            raise RuntimeError(f'the worker did not end within {_STOP_TIMEOUT_S:.0f} s; its '
+                               'device stays occupied until this process ends')
 
     # Input
 
@@ -251,9 +256,11 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         if sequence_number is None:  # not every middleware numbers them
             return 0
         before, self._sequence_number = self._sequence_number, sequence_number
-        # The first one, a restarted publisher, or several of them: nothing to compare with.
-        if before == 0 or sequence_number <= before \
-                or self.count_publishers(self._input_topic()) > 1:
+        if self.count_publishers(self._input_topic()) > 1:
+            self._sequence_number = 0  # it may be another one's than the next frame's
+            return 0
+        # The first one, or a restarted publisher: nothing to compare with.
+        if before == 0 or sequence_number <= before:
             return 0
         return sequence_number - before - 1
 
@@ -278,9 +285,9 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             if self._worker is None or self._swap.restoring:
                 return SetParametersResult(successful=True)
             if parameters.model != self._settings.model:
-                self._swap.check(read_model(parameters.model), self._worker.model, parameters)
+                self._swap.check(read_model(parameters.model), self._worker, parameters)
             else:
-                parameters.obstacle_settings(self._worker.model.card)
+                self._swap.check_settings(self._worker, parameters)
         except (UserError, ValueError) as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
@@ -295,11 +302,13 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         worker.parameters = self._settings
         if self._settings.model != before.model and not self._swap.restoring:
             self._swap.begin(before.model, self._settings, worker, self._swap_done.trigger)
+        elif 'threshold' in values:
+            self._publish_label_info(worker.model)
 
     def _finish_swap(self) -> None:
         """Set the parameter back after a model that could not be opened."""
         old = self._swap.failed_from
-        if old is None or self._worker is None:
+        if old is None:
             return
         self.get_logger().error(f'model not changed: {self._swap.report}')
         with self._swap.restore():
@@ -326,17 +335,15 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             self.get_logger().error(text, throttle_duration_sec=5.0)
 
     def _report(self) -> None:
-        parameters, monitor = self._settings, self._monitor
-        state = self._state()
-        if parameters.fallback_mask and state.lifecycle == 'active' \
-                and self._worker is not None \
+        parameters, monitor, worker = self._settings, self._monitor, self._worker
+        if parameters.fallback_mask and self._lifecycle == 'active' and worker is not None \
                 and (monitor.since_input_s > parameters.stale_input_s
-                     or monitor.busy_s > parameters.stalled_worker_s):
-            self._worker.publish_fallback(Header(stamp=self.get_clock().now().to_msg(),
-                                                 frame_id=self._frame_id))
-        statuses = assess(monitor.snapshot(), state, parameters)
+                     or monitor.busy_s > parameters.stalled_worker_s or not worker.alive):
+            worker.publish_fallback(Header(stamp=self.get_clock().now().to_msg(),
+                                           frame_id=self._frame_id))
+        statuses = assess(monitor.snapshot(), self._state(), parameters)
         self._diagnostics.publish(to_message(
-            statuses, self.get_name(), self._input_topic(), self.get_clock().now().to_msg()))
+            statuses, full_name(self), self._input_topic(), self.get_clock().now().to_msg()))
         for status in statuses:
             if status.level > self._levels.get(status.part, 0):
                 self._log_status(status)
@@ -355,8 +362,10 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         with self._outputs_lock:
             subscribed = self._outputs.subscribed() if self._outputs is not None else ()
         model: dict[str, str] = {}
-        note = ''
+        note, error = '', self._transition_error
         if worker is not None:
+            if not worker.alive and worker is self._worker:  # else it is being freed
+                error = 'the worker thread has ended; clean up and configure the node again'
             card, parameters = worker.model.card, worker.parameters
             settings = parameters.obstacle_settings(card)
             source = card.threshold_source if math.isnan(parameters.threshold) \
@@ -367,7 +376,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             if source.startswith('provisional'):
                 note = f'threshold is {source}'
         return NodeState(
-            lifecycle=self._lifecycle, error=self._transition_error, model=model,
+            lifecycle=self._lifecycle, error=error, model=model,
             model_note=note, swap=self._swap.report, swap_failed=self._swap.failed,
             subscribed=subscribed, publishers=self.count_publishers(self._input_topic()),
             input_topic=self._input_topic(),
@@ -424,7 +433,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def _spin_once(executor: SingleThreadedExecutor, node: AnomalySegNode) -> bool:
     """Run one callback; False once the node is to end. A callback's error does not end it."""
     try:
-        executor.spin_once()
+        # With a limit: a signal that comes while the executor begins to wait may not wake it.
+        executor.spin_once(timeout_sec=0.5)
     except ExternalShutdownException:
         return False
     except Exception as error:

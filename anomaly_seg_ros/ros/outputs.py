@@ -11,7 +11,7 @@ from anomaly_seg_ros.images import DecodedImage
 from anomaly_seg_ros.model_file import ModelCard
 from anomaly_seg_ros.pipeline import Detection
 from anomaly_seg_ros.ros.conversions import (
-    frame_report, ImageBuffer, label_info, rescaled_camera_info)
+    frame_report, full_name, ImageBuffer, label_info, rescaled_camera_info)
 from anomaly_seg_ros.ros.parameters import NodeParameters
 from anomaly_seg_ros.visualize import anomaly_u8, overlay
 import cv2
@@ -72,7 +72,8 @@ class Outputs:
 
     def subscribed(self) -> tuple[str, ...]:
         """Return the names of the outputs that somebody receives."""
-        extra = {'camera_info': self._camera_info, 'frame': self._frame}
+        extra = {'camera_info': self._camera_info, 'fallback': self._fallback,
+                 'frame': self._frame}
         return tuple(name for name, publisher in (self._images | extra).items()
                      if publisher.get_subscription_count())
 
@@ -120,7 +121,7 @@ class Outputs:
 
     def publish_frame_report(self, header: Header, values: Mapping[str, Any]) -> None:
         """Publish what is known about one answer on ``~/debug/frame``."""
-        self._frame.publish(frame_report(header, self._node.get_name(), values))
+        self._frame.publish(frame_report(header, full_name(self._node), values))
 
     def publish_label_info(self, card: ModelCard, threshold: float) -> None:
         """Publish the class names, latched; nothing where vision_msgs is not installed."""

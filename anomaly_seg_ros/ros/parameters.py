@@ -128,7 +128,7 @@ class NodeParameters:
     stalled_worker_s: float = _parameter(
         5.0, 'ERROR when one frame has been worked on for this time.', between=(0.05, 3600.0))
     max_consecutive_failures: int = _parameter(
-        3, 'ERROR when this many frames in a row got no answer because they were bad or failed.',
+        3, 'ERROR when this many frames in a row got no answer: bad, too old or failed.',
         between=(1, 10**6))
 
     def __post_init__(self) -> None:

@@ -93,6 +93,7 @@ class Worker:
         self._active = False
         self._stopped = False
         self._size_hw = model.card.frame_size_hw or model.card.input_size_hw
+        self._answered_size_hw: tuple[int, int] | None = None
         self._swap_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name='anomaly_seg worker', daemon=True)
         self._thread.start()
@@ -108,9 +109,25 @@ class Worker:
         return self._model
 
     @property
+    def models(self) -> tuple[LoadedModel, ...]:
+        """The model that answers now and, if there is one, that which takes over next."""
+        with self._swap_lock:
+            return tuple(x for x in (self._model, self._next_model) if x is not None)
+
+    @property
     def size_hw(self) -> tuple[int, int]:
-        """Size of the last answer."""
+        """Size of the last frame, or one that the model suggests before the first."""
         return self._size_hw
+
+    @property
+    def answered_size_hw(self) -> tuple[int, int] | None:
+        """Size of the last answer; None before the first."""
+        return self._answered_size_hw
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def activate(self) -> None:
         """Answer the frames that come from now on."""
@@ -176,10 +193,11 @@ class Worker:
     def _take_over(self) -> None:
         with self._swap_lock:
             model, self._next_model = self._next_model, None
-        if model is not None:
+            if model is None:
+                return
             old, self._model = self._model, model
-            old.close()
-            self._on_swapped(model)
+        old.close()
+        self._on_swapped(model)
 
     def _handle(self, arrival: Arrival) -> None:
         parameters = self.parameters
@@ -189,7 +207,7 @@ class Worker:
             return
         age_ms = (self._now_ns() - arrival.stamp_ns) / 1e6
         if parameters.max_frame_age_ms and age_ms > parameters.max_frame_age_ms:
-            self._monitor.dropped('too_old')
+            self._drop(arrival, 'too_old', f'{age_ms:.0f} ms old')
             return
         try:
             self._answer(arrival, parameters, wanted)
@@ -211,7 +229,7 @@ class Worker:
         clock.append(time.perf_counter())
 
         pipeline.settings = parameters.obstacle_settings(pipeline.card)
-        size_hw = image.full_size_hw
+        self._size_hw = size_hw = image.full_size_hw
         detection = pipeline(image.array, image.channel_order,
                              self._outputs.maps(size_hw, wanted), size_hw)
         distrusted = parameters.fallback_mask and not set(flags).isdisjoint(
@@ -228,7 +246,7 @@ class Worker:
                 self._monitor.event('fallback_masks')
             convert_ms, publish_ms = self._outputs.publish(
                 header, image, detection, pipeline.card, parameters.overlay_opacity, wanted)
-            self._size_hw = size_hw
+            self._answered_size_hw = size_hw
             stages_ms = {
                 'wait': (clock[0] - arrival.arrived_s) * 1e3,
                 'decode': (clock[1] - clock[0]) * 1e3, 'quality': (clock[2] - clock[1]) * 1e3,
@@ -247,7 +265,10 @@ class Worker:
     def _drop(self, arrival: Arrival, cause: str, error: str) -> None:
         self._monitor.dropped(cause, error)
         if self.parameters.fallback_mask:
-            self.publish_fallback(arrival.message.header)
+            try:
+                self.publish_fallback(arrival.message.header)
+            except Exception:  # the thread that answers must not end here
+                self._log_error(traceback.format_exc())
 
 
 def _all_obstacle(detection: Detection) -> Detection:
