@@ -520,10 +520,10 @@ def test_masks_in_other_clothes(tmp_path: Path) -> None:
     picture_p.putpalette(colours.astype(np.uint8).tobytes())
     picture_p.save(path)
     np.testing.assert_array_equal(read_mask(path), mask)
-    picture_p.putpalette(bytes(768))
-    picture_p.save(path)
-    with pytest.raises(UserError, match='one colour for several codes'):
-        read_mask(path)
+    # Cityscapes' colours, padded with black: one colour for several codes.
+    picture_p.putpalette(colours[:3].astype(np.uint8).tobytes() + bytes(759))
+    picture_p.save(path, transparency=bytes([0, 128]))
+    np.testing.assert_array_equal(read_mask(path), mask)
     save(path, np.dstack([mask, mask, mask + 1]))
     with pytest.raises(UserError, match='got a colour image'):
         read_mask(path)
@@ -532,10 +532,44 @@ def test_masks_in_other_clothes(tmp_path: Path) -> None:
         read_mask(path)
     save(path, mask)
     whole = path.read_bytes()
+    path.write_bytes(cv2.imencode('.jpg', mask)[1].tobytes())  # loses codes
+    with pytest.raises(UserError, match='must be a whole PNG file'):
+        read_mask(path)
     for kept in (0, len(whole) // 2, len(whole) - 12):  # the last 12 bytes are the end chunk
         path.write_bytes(whole[:kept])
         with pytest.raises(UserError, match='not a readable mask'):
             read_mask(path)
+
+
+def png_of_few_bits(stored: np.ndarray, bits: int, colour_type: int) -> bytes:
+    """Write a PNG by hand, all colours of its palette black; rows must fill whole bytes."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack('>I', len(content)) + kind + content + struct.pack(
+            '>I', zlib.crc32(kind + content))
+
+    height, width = stored.shape
+    bit_rows = np.unpackbits(stored[..., None], axis=2)[..., -bits:].reshape(height, -1)
+    rows = b''.join(b'\0' + row.tobytes() for row in np.packbits(bit_rows, axis=1))
+    return b''.join((
+        b'\x89PNG\r\n\x1a\n',
+        chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colour_type, 0, 0, 0)),
+        chunk(b'PLTE', bytes(3 << bits)) if colour_type == 3 else b'',
+        chunk(b'IDAT', zlib.compress(rows)), chunk(b'IEND', b'')))
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4])
+def test_masks_of_few_bits(tmp_path: Path, bits: int) -> None:
+    """Indices are codes; OpenCV stretches grey, so that a boolean mask's 1 would be void."""
+    stored = np.random.default_rng(bits).integers(0, 1 << bits, (5, 16), dtype=np.uint8)
+    path = tmp_path / 'mask.png'
+    path.write_bytes(png_of_few_bits(stored, bits, 3))
+    np.testing.assert_array_equal(read_mask(path), stored)
+    path.write_bytes(png_of_few_bits(stored, bits, 0))
+    with pytest.raises(UserError, match=rf'mask\.png: .* 8 bits a pixel, got {bits}, .*uint8'):
+        read_mask(path)
 
 
 def test_natural_order() -> None:
