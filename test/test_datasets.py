@@ -324,10 +324,12 @@ def test_idd_level_3(tmp_path: Path) -> None:
     expect(open_dataset('idd', tmp_path), ['30_frame0029', '201_frame0029'],
            [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, *[255] * 6],
            [0, 1, 11, 255, 255, 255, 255, 13, 2, 10, *[255] * 6], 16)
-    only = open_dataset('idd', tmp_path, unknown='autorickshaw, parking')
-    assert first_pixels(only[0].anomaly_mask, 11) == [0, 0, 0, 1, 255, 255, 255, 0, 0, 0, 1]
-    with pytest.raises(UserError, match='do not tell animal apart'):
-        open_dataset('idd', tmp_path, unknown=['animal'])
+    only = open_dataset('idd', tmp_path, unknown='autorickshaw, curb')
+    assert first_pixels(only[0].anomaly_mask, 14) == [
+        0, 0, 0, 1, 255, 255, 255, 0, 0, 0, 255, 255, 255, 1]
+    # Level-3 id 1 is parking and drivable fallback.
+    with pytest.raises(UserError, match='do not tell animal, parking apart'):
+        open_dataset('idd', tmp_path, unknown=['animal', 'parking', 'curb'])
     with pytest.raises(UserError, match='cow cannot be the unknown class'):
         open_dataset('idd', tmp_path, unknown=['cow'])
 
@@ -338,6 +340,9 @@ def test_idd_ids(tmp_path: Path) -> None:
            [0, 255, 1, 1, 0, 0, 255, 255], [0, 255, 255, 255, 13, 16, 255, 255], 8)
     animals = open_dataset('idd', tmp_path, unknown='animal')
     assert first_pixels(animals[0].anomaly_mask, 4) == [0, 1, 255, 255]
+    write_idd(tmp_path / 'parking', 'ids', 1, 2, 0)
+    parking = open_dataset('idd', tmp_path / 'parking', unknown='parking')
+    assert first_pixels(parking[0].anomaly_mask, 3) == [1, 255, 0]
 
 
 CONFIG: dict[str, Any] = {
