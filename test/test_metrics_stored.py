@@ -244,6 +244,16 @@ def test_boolean_png_masks_do_not_lose_their_anomalies(folders):
         StoredScores(*folders).load('frame_0')
 
 
+@pytest.mark.parametrize('shape', [(0, 0), (0, 50), (40, 0)])
+def test_empty_score_maps_are_refused(folders, shape):
+    """The component search of OpenCV would end the process."""
+    (folders[1] / 'frame_0.png').unlink()
+    np.save(folders[0] / 'frame_0.npy', np.zeros(shape, np.float32))
+    np.save(folders[1] / 'frame_0.npy', np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r'frame_0\.npy: a score map must have at least one pixel'):
+        score_metrics(StoredScores(*folders), track='anomaly')
+
+
 def test_wrong_arguments(folders):
     source = StoredScores(*folders)
     with pytest.raises(ValueError, match='unknown track'):
