@@ -577,7 +577,7 @@ class BagReader(FrameSource):
         try:
             if reader is None:
                 raise ValueError('neither a folder with metadata.yaml nor an .mcap or .db3 file')
-            for path in self.root.glob('*.db3') if self.root.is_dir() else (self.root,):
+            for path in self.root.glob('[!.]*.db3') if self.root.is_dir() else (self.root,):
                 _check_whole(path)
             reader.open()
         except Exception as error:

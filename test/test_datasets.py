@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from anomaly_seg_ros.datasets import DATASETS, open_dataset, PairedDataset
+from anomaly_seg_ros.datasets import DATASETS, ImageFolder, open_dataset, PairedDataset
 from anomaly_seg_ros.datasets.lost_and_found import FISHYSCAPES_FRAMES
 from anomaly_seg_ros.datasets.reading import file_size_hw, read_image, read_mask
 from anomaly_seg_ros.datasets.source import natural_key
@@ -365,9 +365,51 @@ def test_folder(tmp_path: Path) -> None:
         dataset[2]
 
 
+@pytest.mark.parametrize(('changes', 'image', 'mask'), [
+    # One folder: the longer suffix tells, whichever it is.
+    ({'image_suffix': '_img', 'mask_suffix': ''}, 'photos/1_img.png', 'photos/1.png'),
+    ({'image_suffix': '_a_m', 'mask_suffix': '_m'}, 'photos/1_a_m.png', 'photos/1_m.png'),
+    ({'image_suffix': '_m', 'mask_suffix': '_a_m'}, 'photos/1_m.png', 'photos/1_a_m.png'),
+    # Ways to write a folder.
+    ({'images': './photos', 'masks': 'masks/./', 'mask_suffix': ''}, 'photos/1.png',
+     'masks/1.png'),
+    ({'images': '.', 'masks': 'masks', 'mask_suffix': ''}, '1.png', 'masks/1.png'),
+    ({'images': './photos', 'masks': '.', 'mask_suffix': ''}, 'photos/1.png', '1.png'),
+    ({'images': '.', 'masks': '.'}, '1.png', '1_mask.png'),
+    ({'images': 'photos', 'masks': 'photos/masks', 'mask_suffix': ''}, 'photos/1.png',
+     'photos/masks/1.png'),
+    # Endings in capitals, as cameras write them.
+    ({'masks': 'masks', 'mask_suffix': ''}, 'photos/1.JPG', 'masks/1.PNG')])
+def test_folder_descriptions(tmp_path: Path, changes: dict[str, Any], image: str,
+                             mask: str) -> None:
+    (tmp_path / 'dataset.yaml').write_text(yaml.safe_dump({**CONFIG, **changes}))
+    for folder in ('', 'night/'):  # sub-folders are searched
+        write_pair(tmp_path, *(f'{name.rpartition("/")[0]}/{folder}{name.rpartition("/")[2]}'
+                               .lstrip('/') for name in (image, mask)), 3, 7, 9)
+    dataset = open_dataset('folder', tmp_path)
+    expect(dataset, ['1', 'night_1'], [0, 1, 255], [0, 255, 4], 3)
+    assert dataset.pairs[0].image == tmp_path / image and dataset.pairs[0].mask == tmp_path / mask
+
+
+def test_hidden_files_are_no_frames(tmp_path: Path) -> None:
+    """The ._NAME of macOS beside each NAME is none; Jupyter copies into .ipynb_checkpoints."""
+    (tmp_path / 'dataset.yaml').write_text(yaml.safe_dump({**CONFIG, 'images': '.', 'masks': '.'}))
+    write_pair(tmp_path, '1.png', '1_mask.png', 3, 7, 9)
+    write_pair(tmp_path, '.ipynb_checkpoints/1.png', None)
+    for name in ('._1.png', '._1_mask.png'):
+        (tmp_path / name).write_bytes(b'\x00\x05\x16\x07')
+    assert open_dataset('folder', tmp_path).frame_ids == ['1']
+    write_pair(tmp_path / 'simple', 'images/0.png', 'labels_masks/0.png', 0, 1)
+    (tmp_path / 'simple/images/._0.png').write_bytes(b'\x00\x05\x16\x07')
+    assert open_dataset('fs_static', tmp_path / 'simple').frame_ids == ['0']
+    assert ImageFolder(tmp_path / 'simple/images').frame_ids == ['0']
+
+
 @pytest.mark.parametrize(('changes', 'text'), [
     ({'images': None}, 'needs images: a folder'),
     ({'masks': 5}, 'needs masks: a folder'),
+    ({'images': '/data/photos'}, 'images: .* below the root, got the absolute path /data/photos'),
+    ({'images': './photos', 'masks': 'photos/', 'mask_suffix': ''}, 'cannot be told apart'),
     ({'extra': 1}, 'unknown keys: extra'),
     ({'mask_suffix': ''}, 'cannot be told apart'),
     ({'anomaly': None, 'labels': None}, 'needs anomaly, labels or both'),
