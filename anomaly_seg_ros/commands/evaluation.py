@@ -149,7 +149,9 @@ def compare_command(runs: tuple[Path, ...], output: Path, resamples: int, level:
 @click.command('submit')
 @click.argument('scores', nargs=-1, required=True, type=FILE)
 @click.option('--benchmark', required=True,
-              help='Data set of SegmentMeIfYouCan: AnomalyTrack-all, ObstacleTrack-all, ...')
+              type=click.Choice(['AnomalyTrack-all', 'ObstacleTrack-all', 'LostAndFound-test',
+                                 'LostAndFound-train']),
+              help='Data set of SegmentMeIfYouCan.')
 @click.option('--method', required=True, help='Name of the method.')
 @click.option('--output', type=FILE, required=True, help='Folder for the submission.')
 def submit_command(scores: tuple[Path, ...], benchmark: str, method: str, output: Path) -> None:
