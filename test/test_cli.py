@@ -62,6 +62,33 @@ def test_wrong_usage_exits_2(arguments: list[str], said: str) -> None:
     assert said in ' '.join(result.stderr.split())
 
 
+@pytest.mark.parametrize('arguments, said', [
+    (['--rate', '1e10'], 'rate_hz'), (['--rate', '1e-9'], 'rate_hz'), (['--rate', 'nan'], 'nan'),
+    (['--rate', 'inf'], 'inf'), (['--root', 'r'], 'belong to --dataset'),
+    (['--split', 'val'], 'belong to --dataset'), (['--option', 'a=b'], 'belong to --dataset'),
+    (['--image-topic', '/ground_truth/anomaly_mask'], 'topics of their own'),
+    (['--image-topic', 'camera image'], '/camera/image_raw')])
+def test_wrong_usage_of_make_bag(arguments: list[str], said: str, tmp_path: Path) -> None:
+    """What cannot be recorded is wrong usage; no bag is written."""
+    cv2.imwrite(str(tmp_path / '0.png'), np.zeros((4, 6, 3), np.uint8))
+    result = CliRunner().invoke(cli, ['make-bag', '--images', str(tmp_path), '--output',
+                                      str(tmp_path / 'bag'), *arguments])
+    assert result.exit_code == 2
+    assert said in ' '.join(result.stderr.split())
+    assert not (tmp_path / 'bag').exists()
+
+
+@pytest.mark.parametrize('name', ['b[red]x', 'b[/x]', 'b:car:x'])
+def test_names_are_printed_as_they_are(tmp_path: Path, name: str) -> None:
+    """What is markup to rich is part of the name."""
+    parent = tmp_path / name
+    parent.mkdir(parents=True)
+    cv2.imwrite(str(parent / '0.png'), np.zeros((4, 6, 3), np.uint8))
+    result = run('make-bag', '--images', parent, '--output', parent / 'bag')
+    assert result.returncode == 0, result.stderr
+    assert f'{parent}/bag: 1 frames' in result.stdout
+
+
 def test_exit_codes_of_the_process() -> None:
     """What click reports arrives as the exit code of the real process."""
     for arguments, code in ((['--version'], 0), (['datasets'], 0), (['inspect', 'gone.onnx'], 1),
