@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from anomaly_seg_ros.cli import cli
-from anomaly_seg_ros.datasets import open_dataset
+from anomaly_seg_ros.datasets import DATASETS, open_dataset
 from click.testing import CliRunner
 import cv2
 import numpy as np
@@ -96,7 +96,27 @@ def test_exit_codes_of_the_process() -> None:
         result = run(*arguments)
         assert result.returncode == code, result.stderr
         assert 'Traceback' not in result.stderr
-    assert 'streethazards' in run('datasets').stdout
+
+
+def test_data_sets_are_listed_in_full() -> None:
+    """Splits and addresses are not cut off at 80 characters."""
+    said = run('datasets').stdout
+    for name, adapter in DATASETS.items():
+        assert name in said and ', '.join(adapter.splits) in said and adapter.source in said
+
+
+def test_bench_prints_every_figure_at_80_characters(tiny_model: Path, tmp_path: Path) -> None:
+    """The figures are those of the JSON; a backend that is not there says why."""
+    result = run('bench', tiny_model, '--backend', 'cpu', '--backend', 'cuda', '--frames', 2,
+                 '--warm-up', 0, '--frame-size', '64x128', '--json', tmp_path / 'bench.json')
+    assert result.returncode == 0, result.stderr
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if '│' in line)
+    for measured in json.loads((tmp_path / 'bench.json').read_text())['results']:
+        assert measured['name'] in result.stdout
+        if measured['reason'] is None:
+            assert f'{measured["frames_per_second"]:.1f}' in result.stdout
+        else:
+            assert f'{measured["name"]}: not measured: {measured["reason"]}' in result.stdout
 
 
 def test_missing_model_exits_1_with_name_and_remedy(tmp_path: Path) -> None:

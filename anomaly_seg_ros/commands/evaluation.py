@@ -100,10 +100,11 @@ def image_ood_command(in_run: Path, out_run: Path, output: Path | None) -> None:
 def datasets_command() -> None:
     """List the data sets, their splits and where they come from."""
     from anomaly_seg_ros.datasets import DATASETS
-    table = Table('name', 'splits', 'from')
+    # No table: in 80 characters it would cut the addresses off.
     for name, adapter in DATASETS.items():
-        table.add_row(name, ', '.join(adapter.splits), adapter.source or 'you')
-    OUT.print(table)
+        splits = f': {", ".join(adapter.splits)}' if adapter.splits else ''
+        OUT.print(f'{name}{splits}\n    from {adapter.source or "you"}', highlight=False,
+                  soft_wrap=True)
 
 
 @click.command('compare')
