@@ -200,8 +200,20 @@ def test_lost_and_found(tmp_path: Path) -> None:
            ['02_Hanns_Klemm_Str_44_000000_000020', LAF_FRAMES[0]], [255, 0, 1, 1, 1], None, 5)
     assert len(open_dataset('lost_and_found', tmp_path, split='test')) == 4
     assert len(open_dataset('lost_and_found', tmp_path, split='train')) == 3
-    assert open_dataset('lost_and_found', tmp_path, split='fishyscapes').frame_ids == sorted(
-        LAF_FRAMES)
+    with pytest.raises(UserError, match='97 of the 100 frames of Fishyscapes are not here: 01_Ha'):
+        open_dataset('lost_and_found', tmp_path, split='fishyscapes')
+    part = open_dataset('lost_and_found', tmp_path, split='fishyscapes', keep_going=True)
+    assert part.frame_ids == sorted(LAF_FRAMES) and len(part.problems) == 1
+
+
+def test_all_frames_of_fishyscapes(tmp_path: Path) -> None:
+    """The two frames without labels are in the download, but not in the split."""
+    frames = sorted(FISHYSCAPES_FRAMES)
+    for index, frame in enumerate(frames):
+        write_lost_and_found(tmp_path, 'train' if index % 3 else 'test', frame,
+                             *((0,) if index in (5, 50) else (0, 1, 7)))
+    assert open_dataset('lost_and_found', tmp_path, split='fishyscapes').frame_ids == [
+        frame for index, frame in enumerate(frames) if index not in (5, 50)]
 
 
 def test_fishyscapes_list_of_frames() -> None:
@@ -478,8 +490,10 @@ def test_files_that_do_not_pair(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         open_dataset('fs_static', tmp_path)
     for text in ('3 files', '1.png: no image', '2.jpg: no mask', '3.png: its frame name 3',
-                 '--keep-going'):
+                 'Download the missing files'):
         assert text in str(caught.value)
+    # make-bag and calibrate, which pass this message on, have no such option.
+    assert '--keep-going' not in str(caught.value)
     dataset = open_dataset('fs_static', tmp_path, keep_going=True)
     assert dataset.frame_ids == ['0', '3'] and len(dataset.problems) == 3
     assert dataset.check() == list(dataset.problems)

@@ -166,8 +166,8 @@ class PairedDataset(FrameSource):
                 if len(self.problems) > _SHOWN else ''
             raise UserError(f'{root}: {len(self.problems)} files of {self.name} do not pair:\n  '
                             + '\n  '.join(self.problems[:_SHOWN]) + more
-                            + '\nDownload the missing files, or use --keep-going to leave these '
-                            'frames out.')
+                            + '\nDownload the missing files, or remove those that have no '
+                            'partner.')
         if not self._pairs:
             raise UserError(f'{root}: no frame of {self.name} is complete. '
                             'Download the data set again.')
