@@ -14,6 +14,7 @@ from functools import cache
 from itertools import chain
 import json
 from pathlib import Path
+import re
 import shutil
 import struct
 import sys
@@ -36,8 +37,9 @@ from rosbags.typesys import get_typestore, Stores
 from rosbags.typesys.store import Typestore
 
 __all__ = [
-    'BagFrame', 'BagReader', 'BagSummary', 'FRAME_TOPIC', 'GROUND_TRUTH_TOPIC', 'ImageFolder',
-    'IMAGE_TOPIC', 'LABELS_TOPIC', 'make_bag', 'read_bag', 'ResultBag', 'STORAGES', 'VideoFile']
+    'BagFrame', 'BagReader', 'BagSummary', 'check_recording', 'DEFAULT_RATE_HZ', 'FRAME_TOPIC',
+    'GROUND_TRUTH_TOPIC', 'ImageFolder', 'IMAGE_TOPIC', 'LABELS_TOPIC', 'make_bag', 'read_bag',
+    'ResultBag', 'STORAGES', 'VideoFile']
 
 IMAGE_TOPIC = '/camera/image_raw'
 GROUND_TRUTH_TOPIC = '/ground_truth/anomaly_mask'
@@ -59,6 +61,8 @@ _QOS = Qos(QosHistory.KEEP_LAST, 10, QosReliability.RELIABLE, QosDurability.VOLA
            _INFINITE, QosLiveliness.AUTOMATIC, _INFINITE, False)
 # Messages that may wait for their partner before they are fetched from the file instead.
 _MAX_WAITING = 8
+# As rmw_validate_full_topic_name.
+_TOPIC = re.compile(r'(/[A-Za-z_][A-Za-z0-9_]*)+')
 _ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
 
 
@@ -142,26 +146,23 @@ def make_bag(source: FrameSource, output: Path | str, *, rate_hz: float | None =
     Raises
     ------
     ValueError
-        If an argument is out of its range.
+        If an argument is out of its range, a topic is no whole name or has two uses.
     UserError
         If ``output`` exists, cannot be written, or a frame cannot be read.
 
     """
     if rate_hz is None:
         rate_hz = source.rate_hz or DEFAULT_RATE_HZ
-    if not 0 < rate_hz <= _NS:
-        raise ValueError(f'rate_hz must be in (0, 1e9], got {rate_hz}')
-    if not 0 <= start_ns <= 2 ** 31 * _NS - len(source) * _NS / rate_hz:
-        raise ValueError('start_ns must be 0 or more and leave all stamps below 2**31 s (the '
-                         f'range of ROS time), got {start_ns}')
+    if compressed:
+        image_topic += '/compressed'
+    check_recording(len(source), rate_hz, (image_topic, ground_truth_topic, labels_topic),
+                    start_ns)
     if compressed not in (None, 'jpeg', 'png'):
         raise ValueError(f'compressed must be None, jpeg or png, got {compressed!r}')
     if not len(source):
         raise UserError(f'{source.root}: no frames to record. Give a folder, video or data set '
                         'with at least one image.')
     output = Path(output)
-    if compressed:
-        image_topic += '/compressed'
     counts = {'frames': 0, 'ground_truth': 0, 'labels': 0}
     stamp_ns = start_ns
     with _new_bag(output, storage, overwrite, {'source': source.name}) as bag:
@@ -190,6 +191,24 @@ def make_bag(source: FrameSource, output: Path | str, *, rate_hz: float | None =
                 counts[kind] += 1
         topics = bag.topics
     return BagSummary(output, storage, start_ns=start_ns, end_ns=stamp_ns, topics=topics, **counts)
+
+
+def check_recording(frames: int, rate_hz: float,
+                    topics: tuple[str, ...] = (IMAGE_TOPIC, GROUND_TRUTH_TOPIC, LABELS_TOPIC),
+                    start_ns: int = START_NS) -> None:
+    """Raise ValueError for times or topics that :func:`make_bag` cannot record."""
+    if not 0 < rate_hz <= _NS:
+        raise ValueError(f'rate_hz must be in (0, 1e9], got {rate_hz}')
+    if not 0 <= start_ns <= 2 ** 31 * _NS - frames * _NS / rate_hz:
+        raise ValueError('start_ns must be 0 or more and all stamps below 2**31 s (the range of '
+                         f'ROS time), got {start_ns} and {frames} frames at rate_hz {rate_hz}')
+    for topic in topics:
+        if not _TOPIC.fullmatch(topic):
+            raise ValueError('topics must be whole names such as /camera/image_raw, of letters, '
+                             f'digits and _, got {topic!r}')
+    if len({*topics, FRAME_TOPIC}) <= len(topics):
+        raise ValueError('images, masks, labels and frame names need topics of their own, got '
+                         f'{", ".join((*topics, FRAME_TOPIC))}')
 
 
 class ResultBag:
@@ -577,7 +596,7 @@ class BagReader(FrameSource):
         try:
             if reader is None:
                 raise ValueError('neither a folder with metadata.yaml nor an .mcap or .db3 file')
-            for path in self.root.glob('*.db3') if self.root.is_dir() else (self.root,):
+            for path in self.root.glob('[!.]*.db3') if self.root.is_dir() else (self.root,):
                 _check_whole(path)
             reader.open()
         except Exception as error:

@@ -44,8 +44,8 @@ def write_smiyc_submission(score_folders: Iterable[Path | str], output: Path | s
     Raises
     ------
     UserError
-        If a name or a score map is not usable: not finite, or outside the range of float16, where
-        its order would be lost.
+        If a name, a folder or a score map is not usable: not finite, or outside the range of
+        float16, where its order would be lost.
 
     """
     import h5py
@@ -57,17 +57,22 @@ def write_smiyc_submission(score_folders: Iterable[Path | str], output: Path | s
         raise UserError(f'method must be a name without slashes, got {method!r}')
     maps: dict[str, Path] = {}
     for folder in score_folders:
-        for path in sorted(Path(folder).glob('*.npy')):
+        paths = sorted(Path(folder).glob('[!.]*.npy'))
+        if not paths:
+            raise UserError(f'{folder}: no folder with score maps (FRAME.npy); make them with '
+                            '"anomaly-seg evaluate --save-scores"')
+        for path in paths:
             if path.stem in maps:
                 raise UserError(f'{path}: frame {path.stem} is in {maps[path.stem].parent} too; '
                                 'give each frame once')
             maps[path.stem] = path
-    if not maps:
-        raise UserError('no score maps (FRAME.npy) in the folders given; make them with '
-                        '"anomaly-seg evaluate --save-scores"')
     written = []
     for name, path in sorted(maps.items()):
         scores = read_npy(path)
+        if scores.ndim != 2 or scores.dtype.kind != 'f' or not scores.size:
+            raise UserError(f'{path}: a score map must be floating point of shape (H, W) with at '
+                            f'least one pixel, got {scores.dtype} {scores.shape}. Store one frame '
+                            'a file, without batch or channel axes.')
         limit = float(np.finfo(np.float16).max)
         low, high, _, _ = cv2.minMaxLoc(scores.astype(np.float64))
         if not (np.isfinite(scores).all() and -limit <= low and high <= limit):

@@ -531,7 +531,14 @@ def test_full_disk(tmp_path: Path, storage: str, small_files: Callable[[int], No
 @pytest.mark.parametrize(('options', 'text'), [
     ({'rate_hz': 0.0}, 'rate_hz'), ({'rate_hz': 2e9}, 'rate_hz'), ({'start_ns': -1}, 'start_ns'),
     ({'start_ns': 2 ** 62}, 'start_ns'), ({'storage': 'rosbag'}, 'mcap, sqlite3'),
-    ({'compressed': 'gif'}, 'jpeg or png')])
+    ({'compressed': 'gif'}, 'jpeg or png'), ({'rate_hz': 1e-9}, 'rate_hz 1e-09'),
+    ({'rate_hz': float('nan')}, 'rate_hz'), ({'image_topic': 'camera image'}, "'camera image'"),
+    ({'image_topic': 'camera'}, 'whole names'), ({'labels_topic': '/a//b'}, 'whole names'),
+    ({'image_topic': '/2/image'}, 'whole names'), ({'image_topic': '/image/'}, 'whole names'),
+    ({'image_topic': GROUND_TRUTH_TOPIC}, 'topics of their own'),
+    ({'ground_truth_topic': FRAME_TOPIC}, 'topics of their own'),
+    ({'ground_truth_topic': '/a/compressed', 'image_topic': '/a', 'compressed': 'png'},
+     'topics of their own')])
 def test_wrong_arguments(tmp_path: Path, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make_bag(Frames(2), tmp_path / 'bag', **options)

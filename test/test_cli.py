@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from anomaly_seg_ros.cli import cli
-from anomaly_seg_ros.datasets import open_dataset
+from anomaly_seg_ros.datasets import DATASETS, open_dataset
 from anomaly_seg_ros.engine import EngineKey, record_path
 from anomaly_seg_ros.model_file import write_model_file
 import cards
@@ -77,6 +77,33 @@ def test_wrong_usage_exits_2(arguments: list[str], said: str) -> None:
     assert said in ' '.join(result.stderr.split())
 
 
+@pytest.mark.parametrize('arguments, said', [
+    (['--rate', '1e10'], 'rate_hz'), (['--rate', '1e-9'], 'rate_hz'), (['--rate', 'nan'], 'nan'),
+    (['--rate', 'inf'], 'inf'), (['--root', 'r'], 'belong to --dataset'),
+    (['--split', 'val'], 'belong to --dataset'), (['--option', 'a=b'], 'belong to --dataset'),
+    (['--image-topic', '/ground_truth/anomaly_mask'], 'topics of their own'),
+    (['--image-topic', 'camera image'], '/camera/image_raw')])
+def test_wrong_usage_of_make_bag(arguments: list[str], said: str, tmp_path: Path) -> None:
+    """What cannot be recorded is wrong usage; no bag is written."""
+    cv2.imwrite(str(tmp_path / '0.png'), np.zeros((4, 6, 3), np.uint8))
+    result = CliRunner().invoke(cli, ['make-bag', '--images', str(tmp_path), '--output',
+                                      str(tmp_path / 'bag'), *arguments])
+    assert result.exit_code == 2
+    assert said in ' '.join(result.stderr.split())
+    assert not (tmp_path / 'bag').exists()
+
+
+@pytest.mark.parametrize('name', ['b[red]x', 'b[/x]', 'b:car:x'])
+def test_names_are_printed_as_they_are(tmp_path: Path, name: str) -> None:
+    """What is markup to rich is part of the name."""
+    parent = tmp_path / name
+    parent.mkdir(parents=True)
+    cv2.imwrite(str(parent / '0.png'), np.zeros((4, 6, 3), np.uint8))
+    result = run('make-bag', '--images', parent, '--output', parent / 'bag')
+    assert result.returncode == 0, result.stderr
+    assert f'{parent}/bag: 1 frames' in result.stdout
+
+
 def test_exit_codes_of_the_process() -> None:
     """What click reports arrives as the exit code of the real process."""
     for arguments, code in ((['--version'], 0), (['datasets'], 0), (['inspect', 'gone.onnx'], 1),
@@ -84,7 +111,27 @@ def test_exit_codes_of_the_process() -> None:
         result = run(*arguments)
         assert result.returncode == code, result.stderr
         assert 'Traceback' not in result.stderr
-    assert 'streethazards' in run('datasets').stdout
+
+
+def test_data_sets_are_listed_in_full() -> None:
+    """Splits and addresses are not cut off at 80 characters."""
+    said = run('datasets').stdout
+    for name, adapter in DATASETS.items():
+        assert name in said and ', '.join(adapter.splits) in said and adapter.source in said
+
+
+def test_bench_prints_every_figure_at_80_characters(tiny_model: Path, tmp_path: Path) -> None:
+    """The figures are those of the JSON; a backend that is not there says why."""
+    result = run('bench', tiny_model, '--backend', 'cpu', '--backend', 'cuda', '--frames', 2,
+                 '--warm-up', 0, '--frame-size', '64x128', '--json', tmp_path / 'bench.json')
+    assert result.returncode == 0, result.stderr
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if '│' in line)
+    for measured in json.loads((tmp_path / 'bench.json').read_text())['results']:
+        assert measured['name'] in result.stdout
+        if measured['reason'] is None:
+            assert f'{measured["frames_per_second"]:.1f}' in result.stdout
+        else:
+            assert f'{measured["name"]}: not measured: {measured["reason"]}' in result.stdout
 
 
 def test_missing_model_exits_1_with_name_and_remedy(tmp_path: Path) -> None:

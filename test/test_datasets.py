@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from anomaly_seg_ros.datasets import DATASETS, open_dataset, PairedDataset
+from anomaly_seg_ros.datasets import DATASETS, ImageFolder, open_dataset, PairedDataset
 from anomaly_seg_ros.datasets.lost_and_found import FISHYSCAPES_FRAMES
 from anomaly_seg_ros.datasets.reading import file_size_hw, read_image, read_mask
 from anomaly_seg_ros.datasets.source import natural_key
@@ -200,8 +200,20 @@ def test_lost_and_found(tmp_path: Path) -> None:
            ['02_Hanns_Klemm_Str_44_000000_000020', LAF_FRAMES[0]], [255, 0, 1, 1, 1], None, 5)
     assert len(open_dataset('lost_and_found', tmp_path, split='test')) == 4
     assert len(open_dataset('lost_and_found', tmp_path, split='train')) == 3
-    assert open_dataset('lost_and_found', tmp_path, split='fishyscapes').frame_ids == sorted(
-        LAF_FRAMES)
+    with pytest.raises(UserError, match='97 of the 100 frames of Fishyscapes are not here: 01_Ha'):
+        open_dataset('lost_and_found', tmp_path, split='fishyscapes')
+    part = open_dataset('lost_and_found', tmp_path, split='fishyscapes', keep_going=True)
+    assert part.frame_ids == sorted(LAF_FRAMES) and len(part.problems) == 1
+
+
+def test_all_frames_of_fishyscapes(tmp_path: Path) -> None:
+    """The two frames without labels are in the download, but not in the split."""
+    frames = sorted(FISHYSCAPES_FRAMES)
+    for index, frame in enumerate(frames):
+        write_lost_and_found(tmp_path, 'train' if index % 3 else 'test', frame,
+                             *((0,) if index in (5, 50) else (0, 1, 7)))
+    assert open_dataset('lost_and_found', tmp_path, split='fishyscapes').frame_ids == [
+        frame for index, frame in enumerate(frames) if index not in (5, 50)]
 
 
 def test_fishyscapes_list_of_frames() -> None:
@@ -324,10 +336,12 @@ def test_idd_level_3(tmp_path: Path) -> None:
     expect(open_dataset('idd', tmp_path), ['30_frame0029', '201_frame0029'],
            [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, *[255] * 6],
            [0, 1, 11, 255, 255, 255, 255, 13, 2, 10, *[255] * 6], 16)
-    only = open_dataset('idd', tmp_path, unknown='autorickshaw, parking')
-    assert first_pixels(only[0].anomaly_mask, 11) == [0, 0, 0, 1, 255, 255, 255, 0, 0, 0, 1]
-    with pytest.raises(UserError, match='do not tell animal apart'):
-        open_dataset('idd', tmp_path, unknown=['animal'])
+    only = open_dataset('idd', tmp_path, unknown='autorickshaw, curb')
+    assert first_pixels(only[0].anomaly_mask, 14) == [
+        0, 0, 0, 1, 255, 255, 255, 0, 0, 0, 255, 255, 255, 1]
+    # Level-3 id 1 is parking and drivable fallback.
+    with pytest.raises(UserError, match='do not tell animal, parking apart'):
+        open_dataset('idd', tmp_path, unknown=['animal', 'parking', 'curb'])
     with pytest.raises(UserError, match='cow cannot be the unknown class'):
         open_dataset('idd', tmp_path, unknown=['cow'])
 
@@ -338,6 +352,9 @@ def test_idd_ids(tmp_path: Path) -> None:
            [0, 255, 1, 1, 0, 0, 255, 255], [0, 255, 255, 255, 13, 16, 255, 255], 8)
     animals = open_dataset('idd', tmp_path, unknown='animal')
     assert first_pixels(animals[0].anomaly_mask, 4) == [0, 1, 255, 255]
+    write_idd(tmp_path / 'parking', 'ids', 1, 2, 0)
+    parking = open_dataset('idd', tmp_path / 'parking', unknown='parking')
+    assert first_pixels(parking[0].anomaly_mask, 3) == [1, 255, 0]
 
 
 CONFIG: dict[str, Any] = {
@@ -360,9 +377,51 @@ def test_folder(tmp_path: Path) -> None:
         dataset[2]
 
 
+@pytest.mark.parametrize(('changes', 'image', 'mask'), [
+    # One folder: the longer suffix tells, whichever it is.
+    ({'image_suffix': '_img', 'mask_suffix': ''}, 'photos/1_img.png', 'photos/1.png'),
+    ({'image_suffix': '_a_m', 'mask_suffix': '_m'}, 'photos/1_a_m.png', 'photos/1_m.png'),
+    ({'image_suffix': '_m', 'mask_suffix': '_a_m'}, 'photos/1_m.png', 'photos/1_a_m.png'),
+    # Ways to write a folder.
+    ({'images': './photos', 'masks': 'masks/./', 'mask_suffix': ''}, 'photos/1.png',
+     'masks/1.png'),
+    ({'images': '.', 'masks': 'masks', 'mask_suffix': ''}, '1.png', 'masks/1.png'),
+    ({'images': './photos', 'masks': '.', 'mask_suffix': ''}, 'photos/1.png', '1.png'),
+    ({'images': '.', 'masks': '.'}, '1.png', '1_mask.png'),
+    ({'images': 'photos', 'masks': 'photos/masks', 'mask_suffix': ''}, 'photos/1.png',
+     'photos/masks/1.png'),
+    # Endings in capitals, as cameras write them.
+    ({'masks': 'masks', 'mask_suffix': ''}, 'photos/1.JPG', 'masks/1.PNG')])
+def test_folder_descriptions(tmp_path: Path, changes: dict[str, Any], image: str,
+                             mask: str) -> None:
+    (tmp_path / 'dataset.yaml').write_text(yaml.safe_dump({**CONFIG, **changes}))
+    for folder in ('', 'night/'):  # sub-folders are searched
+        write_pair(tmp_path, *(f'{name.rpartition("/")[0]}/{folder}{name.rpartition("/")[2]}'
+                               .lstrip('/') for name in (image, mask)), 3, 7, 9)
+    dataset = open_dataset('folder', tmp_path)
+    expect(dataset, ['1', 'night_1'], [0, 1, 255], [0, 255, 4], 3)
+    assert dataset.pairs[0].image == tmp_path / image and dataset.pairs[0].mask == tmp_path / mask
+
+
+def test_hidden_files_are_no_frames(tmp_path: Path) -> None:
+    """The ._NAME of macOS beside each NAME is none; Jupyter copies into .ipynb_checkpoints."""
+    (tmp_path / 'dataset.yaml').write_text(yaml.safe_dump({**CONFIG, 'images': '.', 'masks': '.'}))
+    write_pair(tmp_path, '1.png', '1_mask.png', 3, 7, 9)
+    write_pair(tmp_path, '.ipynb_checkpoints/1.png', None)
+    for name in ('._1.png', '._1_mask.png'):
+        (tmp_path / name).write_bytes(b'\x00\x05\x16\x07')
+    assert open_dataset('folder', tmp_path).frame_ids == ['1']
+    write_pair(tmp_path / 'simple', 'images/0.png', 'labels_masks/0.png', 0, 1)
+    (tmp_path / 'simple/images/._0.png').write_bytes(b'\x00\x05\x16\x07')
+    assert open_dataset('fs_static', tmp_path / 'simple').frame_ids == ['0']
+    assert ImageFolder(tmp_path / 'simple/images').frame_ids == ['0']
+
+
 @pytest.mark.parametrize(('changes', 'text'), [
     ({'images': None}, 'needs images: a folder'),
     ({'masks': 5}, 'needs masks: a folder'),
+    ({'images': '/data/photos'}, 'images: .* below the root, got the absolute path /data/photos'),
+    ({'images': './photos', 'masks': 'photos/', 'mask_suffix': ''}, 'cannot be told apart'),
     ({'extra': 1}, 'unknown keys: extra'),
     ({'mask_suffix': ''}, 'cannot be told apart'),
     ({'anomaly': None, 'labels': None}, 'needs anomaly, labels or both'),
@@ -431,8 +490,10 @@ def test_files_that_do_not_pair(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         open_dataset('fs_static', tmp_path)
     for text in ('3 files', '1.png: no image', '2.jpg: no mask', '3.png: its frame name 3',
-                 '--keep-going'):
+                 'Download the missing files'):
         assert text in str(caught.value)
+    # make-bag and calibrate, which pass this message on, have no such option.
+    assert '--keep-going' not in str(caught.value)
     dataset = open_dataset('fs_static', tmp_path, keep_going=True)
     assert dataset.frame_ids == ['0', '3'] and len(dataset.problems) == 3
     assert dataset.check() == list(dataset.problems)
@@ -520,10 +581,10 @@ def test_masks_in_other_clothes(tmp_path: Path) -> None:
     picture_p.putpalette(colours.astype(np.uint8).tobytes())
     picture_p.save(path)
     np.testing.assert_array_equal(read_mask(path), mask)
-    picture_p.putpalette(bytes(768))
-    picture_p.save(path)
-    with pytest.raises(UserError, match='one colour for several codes'):
-        read_mask(path)
+    # Cityscapes' colours, padded with black: one colour for several codes.
+    picture_p.putpalette(colours[:3].astype(np.uint8).tobytes() + bytes(759))
+    picture_p.save(path, transparency=bytes([0, 128]))
+    np.testing.assert_array_equal(read_mask(path), mask)
     save(path, np.dstack([mask, mask, mask + 1]))
     with pytest.raises(UserError, match='got a colour image'):
         read_mask(path)
@@ -532,10 +593,44 @@ def test_masks_in_other_clothes(tmp_path: Path) -> None:
         read_mask(path)
     save(path, mask)
     whole = path.read_bytes()
+    path.write_bytes(cv2.imencode('.jpg', mask)[1].tobytes())  # loses codes
+    with pytest.raises(UserError, match='must be a whole PNG file'):
+        read_mask(path)
     for kept in (0, len(whole) // 2, len(whole) - 12):  # the last 12 bytes are the end chunk
         path.write_bytes(whole[:kept])
         with pytest.raises(UserError, match='not a readable mask'):
             read_mask(path)
+
+
+def png_of_few_bits(stored: np.ndarray, bits: int, colour_type: int) -> bytes:
+    """Write a PNG by hand, all colours of its palette black; rows must fill whole bytes."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack('>I', len(content)) + kind + content + struct.pack(
+            '>I', zlib.crc32(kind + content))
+
+    height, width = stored.shape
+    bit_rows = np.unpackbits(stored[..., None], axis=2)[..., -bits:].reshape(height, -1)
+    rows = b''.join(b'\0' + row.tobytes() for row in np.packbits(bit_rows, axis=1))
+    return b''.join((
+        b'\x89PNG\r\n\x1a\n',
+        chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colour_type, 0, 0, 0)),
+        chunk(b'PLTE', bytes(3 << bits)) if colour_type == 3 else b'',
+        chunk(b'IDAT', zlib.compress(rows)), chunk(b'IEND', b'')))
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4])
+def test_masks_of_few_bits(tmp_path: Path, bits: int) -> None:
+    """Indices are codes; OpenCV stretches grey, so that a boolean mask's 1 would be void."""
+    stored = np.random.default_rng(bits).integers(0, 1 << bits, (5, 16), dtype=np.uint8)
+    path = tmp_path / 'mask.png'
+    path.write_bytes(png_of_few_bits(stored, bits, 3))
+    np.testing.assert_array_equal(read_mask(path), stored)
+    path.write_bytes(png_of_few_bits(stored, bits, 0))
+    with pytest.raises(UserError, match=rf'mask\.png: .* 8 bits a pixel, got {bits}, .*uint8'):
+        read_mask(path)
 
 
 def test_natural_order() -> None:

@@ -147,7 +147,7 @@ def break_files(scores_dir: Path, masks_dir: Path) -> dict[str, str]:
     np.save(scores_dir / 'frame_4.npy', np.array([{'a': 1}], object), allow_pickle=True)
     (masks_dir / 'frame_6.png').rename(masks_dir / 'frame_7.png')
     return {
-        'masks/frame_0.png': 'not a whole PNG file. Copy or write it again.',
+        'masks/frame_0.png': 'must be a whole PNG file. Download or copy it again.',
         'scores/frame_1.npy': '2150 of 2150 scores are NaN or infinite',
         'scores/frame_2.npy': r'scores are (9, 9) and the mask is (46, 50)',
         'scores/frame_3.npy': 'the mask holds codes [7]; only 0',
@@ -195,7 +195,8 @@ def test_folders_that_do_not_pair_say_what_was_found(folders, tmp_path):
 
 def test_files_of_other_kinds_are_refused(folders):
     scores_dir, masks_dir = folders
-    cv2.imwrite(str(masks_dir / 'frame_0.png'), np.zeros((40, 50, 3), np.uint8))
+    colour = np.arange(6000, dtype=np.uint16).astype(np.uint8).reshape(40, 50, 3)
+    cv2.imwrite(str(masks_dir / 'frame_0.png'), colour)
     np.save(masks_dir / 'frame_1.npy', np.zeros((43, 50), np.float32))
     np.save(scores_dir / 'frame_3.npy', np.zeros((1, 49, 50), np.float32))
     (masks_dir / 'frame_5.png').write_bytes((masks_dir / 'frame_4.png').read_bytes())
@@ -204,7 +205,7 @@ def test_files_of_other_kinds_are_refused(folders):
     whole = (scores_dir / 'frame_4.npy').read_bytes()
     (scores_dir / 'frame_4.npy').write_bytes(whole[:-100])
     source = StoredScores(*folders)
-    for name, message in (('frame_0', r'frame_0.png: must have shape \(H, W\), got \(40, 50, 3\)'),
+    for name, message in (('frame_0', 'frame_0.png: a mask must hold one code a pixel, got a col'),
                           ('frame_1', 'frame_1.npy: a mask must hold integers, got float32'),
                           ('frame_2', r'frame_2.npy: not a readable .npy array \(an .npz archive'),
                           ('frame_4', 'frame_4.npy: not a readable .npy array'),
@@ -214,6 +215,43 @@ def test_files_of_other_kinds_are_refused(folders):
             source.load(name)
     assert len(source.problems) == 1 and 'there is a second mask frame_5.png' in source.problems[0]
     assert 'frame_5' not in source.frame_ids
+
+
+@pytest.mark.parametrize('kind', ['P', 'RGB', 'RGBA', 'uint16'])
+def test_masks_are_read_as_those_of_data_sets(folders, kind):
+    """The figures are those of the grey 8-bit mask."""
+    pil = pytest.importorskip('PIL.Image', reason='writes masks of other kinds')
+    path = folders[1] / 'frame_0.png'
+    mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if kind == 'P':
+        picture = pil.fromarray(mask, mode='P')
+        picture.putpalette(bytes((0, 90, 0, 250)) + bytes(764))
+    elif kind == 'uint16':
+        picture = pil.fromarray(mask.astype(np.uint16))
+    else:
+        picture = pil.fromarray(mask).convert('RGB').convert(kind)
+    picture.save(path)
+    frame = StoredScores(*folders).load('frame_0')
+    assert frame.mask.dtype == np.uint8
+    np.testing.assert_array_equal(frame.mask, mask)
+
+
+def test_boolean_png_masks_do_not_lose_their_anomalies(folders):
+    """The 1 that they hold is 255 to OpenCV, void."""
+    pil = pytest.importorskip('PIL.Image', reason='writes masks of one bit')
+    pil.fromarray(np.eye(40, 50, dtype=bool)).save(folders[1] / 'frame_0.png')
+    with pytest.raises(UserError, match=r'frame_0\.png: a mask must have 8 bits a pixel, got 1'):
+        StoredScores(*folders).load('frame_0')
+
+
+@pytest.mark.parametrize('shape', [(0, 0), (0, 50), (40, 0)])
+def test_empty_score_maps_are_refused(folders, shape):
+    """The component search of OpenCV would end the process."""
+    (folders[1] / 'frame_0.png').unlink()
+    np.save(folders[0] / 'frame_0.npy', np.zeros(shape, np.float32))
+    np.save(folders[1] / 'frame_0.npy', np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r'frame_0\.npy: a score map must have at least one pixel'):
+        score_metrics(StoredScores(*folders), track='anomaly')
 
 
 def test_wrong_arguments(folders):

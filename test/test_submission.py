@@ -3,8 +3,10 @@
 
 from pathlib import Path
 
+from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.submission import write_smiyc_submission
+from anomaly_seg_ros.submission import SMIYC_DATASETS, write_smiyc_submission
+from click.testing import CliRunner
 import h5py
 import numpy as np
 import pytest
@@ -41,8 +43,27 @@ def test_scores_that_float16_cannot_hold_are_refused(tmp_path: Path, bad: float)
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('bad', [np.zeros((1, 4, 6), np.float32), np.zeros((4, 6, 1), np.float32),
+                                 np.zeros((4, 6), np.uint8), np.zeros((0, 6), np.float32)])
+def test_what_is_no_score_map_is_refused(tmp_path: Path, bad: np.ndarray) -> None:
+    """The benchmark reads floats of shape (H, W)."""
+    np.save(tmp_path / 'frame.npy', bad)
+    with pytest.raises(UserError, match=rf'frame\.npy: .*got {bad.dtype} \({bad.shape[0]}, '):
+        write_smiyc_submission([tmp_path], tmp_path / 'out', method='m',
+                               dataset='AnomalyTrack-all')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_command_offers_the_benchmarks() -> None:
+    """Another name is wrong usage and shows them all."""
+    result = CliRunner().invoke(cli, ['submit', 's', '--benchmark', 'RoadAnomaly21', '--method',
+                                      'm', '--output', 'o'])
+    assert result.exit_code == 2
+    assert all(name in result.stderr for name in SMIYC_DATASETS)
+
+
 def test_names_are_checked(tmp_path: Path) -> None:
-    """Unknown benchmarks, duplicate frames and empty folders are refused."""
+    """Unknown benchmarks, duplicate frames, empty and missing folders are refused."""
     with pytest.raises(UserError, match='ObstacleTrack-all'):
         write_smiyc_submission([tmp_path], tmp_path, method='m', dataset='RoadAnomaly21')
     with pytest.raises(UserError, match='save-scores'):
@@ -50,6 +71,11 @@ def test_names_are_checked(tmp_path: Path) -> None:
     for folder in ('a', 'b'):
         (tmp_path / folder).mkdir()
         np.save(tmp_path / folder / 'x.npy', np.zeros((2, 2)))
+    for folder in ('none', 'a/x.npy'):
+        with pytest.raises(UserError, match=rf'{folder}: no folder with score maps'):
+            write_smiyc_submission([tmp_path / 'a', tmp_path / folder], tmp_path / 'out',
+                                   method='m', dataset='AnomalyTrack-all')
+    assert not (tmp_path / 'out').exists()
     with pytest.raises(UserError, match='once'):
         write_smiyc_submission([tmp_path / 'a', tmp_path / 'b'], tmp_path, method='m',
                                dataset='AnomalyTrack-all')

@@ -100,10 +100,11 @@ def image_ood_command(in_run: Path, out_run: Path, output: Path | None) -> None:
 def datasets_command() -> None:
     """List the data sets, their splits and where they come from."""
     from anomaly_seg_ros.datasets import DATASETS
-    table = Table('name', 'splits', 'from')
+    # No table: in 80 characters it would cut the addresses off.
     for name, adapter in DATASETS.items():
-        table.add_row(name, ', '.join(adapter.splits), adapter.source or 'you')
-    OUT.print(table)
+        splits = f': {", ".join(adapter.splits)}' if adapter.splits else ''
+        OUT.print(f'{name}{splits}\n    from {adapter.source or "you"}', highlight=False,
+                  soft_wrap=True)
 
 
 @click.command('compare')
@@ -149,7 +150,9 @@ def compare_command(runs: tuple[Path, ...], output: Path, resamples: int, level:
 @click.command('submit')
 @click.argument('scores', nargs=-1, required=True, type=FILE)
 @click.option('--benchmark', required=True,
-              help='Data set of SegmentMeIfYouCan: AnomalyTrack-all, ObstacleTrack-all, ...')
+              type=click.Choice(['AnomalyTrack-all', 'ObstacleTrack-all', 'LostAndFound-test',
+                                 'LostAndFound-train']),
+              help='Data set of SegmentMeIfYouCan.')
 @click.option('--method', required=True, help='Name of the method.')
 @click.option('--output', type=FILE, required=True, help='Folder for the submission.')
 def submit_command(scores: tuple[Path, ...], benchmark: str, method: str, output: Path) -> None:

@@ -242,15 +242,27 @@ def bench_command(model: Path, backends: tuple[str, ...], frames: int, warm_up: 
     with progress_bar() as progress:
         results = bench.bench(model, names=backends or None, frames=frames, warm_up=warm_up,
                               frame_size_hw=frame_size_hw, threads=threads, progress=progress)
-    header, *rows = bench.table(results)
-    table = Table(*header, title=f'{model}, frames of {frame_size_hw[1]}x{frame_size_hw[0]}')
-    for row in rows:
-        table.add_row(*row)
-    OUT.print(table)
+    _print_bench(bench.table(results),
+                 f'{model}, frames of {frame_size_hw[1]}x{frame_size_hw[0]}')
     if json_path is not None:
         atomic_write_text(json_path, json.dumps(
             {'model': str(model), 'results': [asdict(result) for result in results],
              'versions': versions(), 'machine': machine()}, indent=1) + '\n')
+
+
+def _print_bench(rows: list[list[str]], title: str) -> None:
+    # A column for each backend: 80 characters hold all figures, and what is too wide is folded.
+    columns = [row for row in rows if len(row) == len(rows[0])]
+    table = Table(title=title)
+    for index, column in enumerate(columns):
+        table.add_column(column[0], overflow='fold', no_wrap=not index,
+                         justify='right' if index else 'left')
+    for figures in zip(*(column[1:] for column in columns), strict=True):
+        table.add_row(*figures)
+    OUT.print(table)
+    for row in rows:
+        if row not in columns:
+            OUT.print(': '.join(row), highlight=False, soft_wrap=True)
 
 
 @click.command('fetch')

@@ -13,8 +13,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-CONSOLE = Console(stderr=True)  # progress and errors
-OUT = Console()  # results
+# Names of files are printed as they are: without markup [x] and :car: are text.
+CONSOLE = Console(stderr=True, markup=False, emoji=False)  # progress and errors
+OUT = Console(markup=False, emoji=False)  # results
 
 FILE = click.Path(path_type=Path)
 Command = Callable[..., Any]

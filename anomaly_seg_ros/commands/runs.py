@@ -9,6 +9,7 @@ from anomaly_seg_ros.commands.options import (
     backend_options, bundled_model, CONSOLE, DATASET, dataset_source, FILE,
     obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar, require)
 import click
+from rich.text import Text
 
 
 @click.command()
@@ -52,12 +53,15 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
                      output: Path, rate_hz: float | None, storage: str, compressed: Any,
                      image_topic: str, overwrite: bool) -> None:
     """Record a data set, a folder of images or a video as a rosbag2, with its ground truth."""
-    from anomaly_seg_ros.bags import make_bag
+    from anomaly_seg_ros.bags import (
+        check_recording, DEFAULT_RATE_HZ, GROUND_TRUTH_TOPIC, LABELS_TOPIC, make_bag)
     from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
     from anomaly_seg_ros.datasets.source import FrameSource
 
     if sum(x is not None for x in (dataset, images, video)) != 1:
         raise click.UsageError('give exactly one of --dataset, --images and --video')
+    if dataset is None and (root is not None or split is not None or options):
+        raise click.UsageError('--root, --split and --option belong to --dataset')
     source: FrameSource
     if dataset is not None:
         if root is None:
@@ -68,10 +72,15 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
     else:
         assert video is not None
         source = VideoFile(video)
-    with CONSOLE.status(f'writing {output}'):
+    rate_hz = rate_hz or source.rate_hz or DEFAULT_RATE_HZ
+    try:
+        check_recording(len(source), rate_hz, (image_topic, GROUND_TRUTH_TOPIC, LABELS_TOPIC))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    with CONSOLE.status(Text(f'writing {output}')):
         summary = make_bag(source, output, rate_hz=rate_hz, storage=storage,
                            compressed=compressed, image_topic=image_topic, overwrite=overwrite)
-    OUT.print(f'{summary.path}: {summary.frames} frames at {rate_hz or source.rate_hz or 10:g} Hz '
+    OUT.print(f'{summary.path}: {summary.frames} frames at {rate_hz:g} Hz '
               f'({summary.storage}), {summary.ground_truth} anomaly masks, {summary.labels} label '
               f'images; topics {", ".join(summary.topics)}', highlight=False, soft_wrap=True)
 

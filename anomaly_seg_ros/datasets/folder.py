@@ -2,6 +2,7 @@
 """A plain folder of images and masks, described by a small YAML file."""
 
 from pathlib import Path
+import posixpath
 import re
 from typing import Any
 
@@ -56,13 +57,17 @@ class LabelledFolder(PairedDataset):
         settings = _read_settings(path)
         images, masks = settings['images'], settings['masks']
         image_end, mask_end = settings.get('image_suffix', ''), settings.get('mask_suffix', '')
+        # In one folder the longer suffix tells; masks are matched first.
+        not_image = f'(?<!{re.escape(image_end)})' \
+            if images == masks and len(image_end) > len(mask_end) else ''
         # Set on the instance: each folder has a layout of its own.
         self.name = settings.get('name', Path(root).resolve().name)
         self.layouts = (Layout(  # type: ignore[misc]
             f'{images}/**/NAME{image_end}.(png|jpg|webp) with {masks}/**/NAME{mask_end}.png, as '
             f'{path} says',
-            rf'{re.escape(images)}/(?P<a>.+){re.escape(image_end)}\.{IMAGE}',
-            rf'{re.escape(masks)}/(?P<a>.+){re.escape(mask_end)}\.png', (images, masks),
+            rf'{_below(images, masks)}(?P<a>.+){re.escape(image_end)}\.{IMAGE}',
+            rf'{_below(masks, images)}(?P<a>.+){re.escape(mask_end)}{not_image}\.(?i:png)',
+            tuple('' if folder == '.' else folder for folder in (images, masks)),
             Codes(_anomaly_codes(path, settings), _label_codes(path, settings))),)
         super().__init__(root, split=split, keep_going=keep_going)
 
@@ -81,9 +86,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise _wrong(path, f'has unknown keys: {", ".join(unknown)}')
     for key in ('images', 'masks'):
         value = settings.get(key)
-        if not isinstance(value, str) or not value.strip('/ '):
+        if not isinstance(value, str) or not value.strip():
             raise _wrong(path, f'needs {key}: a folder, got {value!r}')
-        settings[key] = value.strip('/')
+        if value.startswith('/'):
+            raise _wrong(path, f'{key}: must be a folder below the root, got the absolute path '
+                         f'{value}')
+        settings[key] = posixpath.normpath(value)
     for key in ('name', 'image_suffix', 'mask_suffix'):
         if not isinstance(settings.get(key, ''), str):
             raise _wrong(path, f'needs text for {key}, got {settings[key]!r}')
@@ -94,6 +102,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not settings.get('anomaly') and not settings.get('labels'):
         raise _wrong(path, 'needs anomaly, labels or both')
     return settings
+
+
+def _below(folder: str, other: str) -> str:
+    """Give a regular expression for the start of paths in ``folder``, not in ``other`` below."""
+    start, elsewhere = ('' if name == '.' else re.escape(f'{name}/') for name in (folder, other))
+    nested = other != folder and elsewhere.startswith(start)
+    return f'(?!{elsewhere}){start}' if nested else start
 
 
 def _anomaly_codes(path: Path, settings: dict[str, Any]) -> dict[int, int] | None:

@@ -14,12 +14,14 @@ from pathlib import Path
 from anomaly_seg_ros.datasets.paired import Codes, IMAGE, Layout, PairedDataset
 from anomaly_seg_ros.errors import UserError
 
-# Level-3 id -> train id; 3, 12 and 21 mix classes, so they are nothing that Cityscapes has.
+# Level-3 id -> train id; 3, 12 and 21 mix classes, so they are nothing that Cityscapes has. 4,
+# 20 and 25 hold animals, groups of poles and fallback background beside person, pole and sky.
 _LEVEL3_TRAIN = {
     0: 0, 2: 1, 4: 11, 5: 12, 6: 17, 7: 18, 9: 13, 10: 14, 11: 15, 14: 3, 15: 4, 18: 7, 19: 6,
     20: 5, 22: 2, 24: 8, 25: 10}
+# Without parking, which shares id 1 with drivable fallback.
 _LEVEL3_UNKNOWN = {
-    'parking': (1,), 'autorickshaw': (8,), 'curb': (13,), 'guard rail': (16,), 'billboard': (17,),
+    'autorickshaw': (8,), 'curb': (13,), 'guard rail': (16,), 'billboard': (17,),
     'bridge': (23,)}
 # Id -> train id, the table's column csTrainId.
 _ID_TRAIN = {
@@ -68,7 +70,7 @@ class Idd(PairedDataset):
         ------
         UserError
             If a name is unknown, or the masks on disk do not tell that class apart (level-3 masks
-            have one code for animals and persons).
+            have one code for animals and persons, and one for parking and drivable fallback).
 
         """
         names = unknown.split(',') if isinstance(unknown, str) else unknown

@@ -8,7 +8,8 @@ Splits, as road-anomaly-benchmark has them (datasets/tracks.py, tracks_extra.py)
   and bicycles, which Cityscapes knows, and without the frames that have no label at all (1,043).
 - ``test``, ``train``: everything (1,203 and 1,036); frames without labels are all void.
 - ``fishyscapes``: the 100 frames of Fishyscapes' validation set with Lost & Found's masks, less
-  the two that have no label; sequences and steps are Fishyscapes' choice.
+  the two that have no label; sequences and steps are Fishyscapes' choice. They are in train and
+  in test, so one of the two alone is incomplete.
 """
 
 from anomaly_seg_ros.datasets.paired import (
@@ -80,6 +81,13 @@ class LostAndFound(PairedDataset):
                            if not pair.frame_id.startswith(_KNOWN_OBJECTS)]
         elif found.split == 'fishyscapes':
             found.pairs = [pair for pair in found.pairs if pair.frame_id in FISHYSCAPES_FRAMES]
+            missing = sorted(FISHYSCAPES_FRAMES - {pair.frame_id for pair in found.pairs})
+            if missing:
+                more = ', ...' if len(missing) > 3 else ''
+                found.problems.append(
+                    f'{self.root}: {len(missing)} of the {len(FISHYSCAPES_FRAMES)} frames of '
+                    f'Fishyscapes are not here: {", ".join(missing[:3])}{more}; they are in '
+                    'train and in test')
         else:
             return found.pairs
         return keep_by_codes(found, lambda codes: codes != [0])

@@ -29,7 +29,8 @@ class ImageFolder(FrameSource):
         if not self.root.is_dir():
             raise UserError(f'{root}: not a folder. Give the folder that holds the images.')
         self._paths = sorted((path for path in self.root.iterdir()
-                              if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()),
+                              if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()
+                              and not path.name.startswith('.')),
                              key=lambda path: natural_key(path.name))
         if not self._paths:
             found = sorted({path.suffix or path.name for path in self.root.iterdir()})

@@ -21,7 +21,7 @@ from anomaly_seg_ros.datasets.source import FrameSource, natural_key
 from anomaly_seg_ros.errors import UserError
 import numpy as np
 
-IMAGE = r'(?:png|jpg|jpeg|webp)'
+IMAGE = r'(?i:png|jpg|jpeg|webp)'
 _SHOWN = 8
 _THREADS = 4
 
@@ -69,7 +69,8 @@ class Layout:
     images, masks
         Regular expressions for whole paths relative to the root, with forward slashes.
     folders
-        Folders below the root that must be there and are searched.
+        Folders below the root that must be there and are searched; ``.`` is the root without
+        what is below it, an empty name the root with it.
     codes
         Meaning of the mask's codes.
     frames
@@ -165,8 +166,8 @@ class PairedDataset(FrameSource):
                 if len(self.problems) > _SHOWN else ''
             raise UserError(f'{root}: {len(self.problems)} files of {self.name} do not pair:\n  '
                             + '\n  '.join(self.problems[:_SHOWN]) + more
-                            + '\nDownload the missing files, or use --keep-going to leave these '
-                            'frames out.')
+                            + '\nDownload the missing files, or remove those that have no '
+                            'partner.')
         if not self._pairs:
             raise UserError(f'{root}: no frame of {self.name} is complete. '
                             'Download the data set again.')
@@ -338,9 +339,10 @@ def _files(root: Path, folders: tuple[str, ...]) -> list[tuple[Path, str]]:
     for name in folders:
         # People link single folders of a big data set into place.
         for folder, below, files in os.walk(root / name, followlinks=True):
-            paths |= {Path(folder, file) for file in files}
-            if name == '.':
-                below.clear()
+            # Hidden files are no frames: macOS puts a ._NAME beside each NAME.
+            paths |= {Path(folder, file) for file in files if not file.startswith('.')}
+            below[:] = [] if name == '.' else [
+                entry for entry in below if not entry.startswith('.')]
     return [(path, path.relative_to(root).as_posix())
             for path in sorted(paths, key=lambda path: natural_key(path.as_posix()))]
 

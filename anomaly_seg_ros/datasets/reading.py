@@ -2,6 +2,8 @@
 """Image and mask files to arrays; every failure names the file."""
 
 from pathlib import Path
+import struct
+import zlib
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.images import BadImage, decode_compressed, encoded_size_hw
@@ -9,6 +11,9 @@ import cv2
 import numpy as np
 
 IMAGE_ENDINGS = ('.png', '.jpg', '.jpeg', '.webp', '.bmp', '.tif', '.tiff', '.ppm')
+
+_PNG = b'\x89PNG\r\n\x1a\n'
+_GREY, _PALETTE = 0, 3  # colour types in the header of a PNG
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -55,22 +60,34 @@ def read_mask(path: Path) -> np.ndarray:
     Raises
     ------
     UserError
-        If the file is missing, cut off, damaged, or a colour picture.
+        If the file is missing, cut off, damaged, no PNG, a colour picture, or grey in fewer than
+        8 bits.
 
     """
-    data = _read_bytes(path)
-    # OpenCV 4 fills what a cut-off PNG lacks with zeros: insist on the closing chunk.
-    png = data[:8] == b'\x89PNG\r\n\x1a\n'
-    whole = data and (not png or b'IEND' in data[-16:])
-    mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if whole else None
-    if mask is None:
-        raise UserError(f'{path}: not a readable mask ({len(data)} bytes). '
-                        'Download or copy it again.')
+    mask = read_codes(path)
     if mask.dtype != np.uint8:
         raise UserError(f'{path}: a mask must have 8 bits a pixel, got {mask.dtype}. '
                         'Save it as an 8-bit grey PNG.')
-    if png and data[25] == 3:
-        return _palette_indices(path, data, mask)
+    return mask
+
+
+def read_codes(path: Path) -> np.ndarray:
+    """Read a label image as :func:`read_mask` does, but 16-bit ones too, as uint16 (H, W)."""
+    data = _read_bytes(path)
+    # OpenCV 4 fills what a cut-off PNG lacks with zeros: insist on the closing chunk. JPEG, which
+    # some call .png, does not keep codes.
+    whole = data[:8] == _PNG and b'IEND' in data[-16:]
+    mask = _decode(data) if whole else None
+    if mask is not None and data[25] == _PALETTE:
+        mask = _decode(_with_plain_palette(data))
+    if mask is None:
+        raise UserError(f'{path}: not a readable mask ({len(data)} bytes); must be a whole PNG '
+                        'file. Download or copy it again.')
+    if data[25] == _GREY and data[24] < 8:
+        # Pillow writes True as 1, what shrinks PNGs writes 255 as 1; OpenCV reads 255: void.
+        raise UserError(f'{path}: a mask must have 8 bits a pixel, got {data[24]}, whose codes '
+                        'are not certain: 1 may be 1 or white. Save it as an 8-bit grey PNG, a '
+                        'boolean mask with mask.astype(numpy.uint8).')
     if mask.ndim == 3:
         if np.any(mask[..., 1:3] != mask[..., :1]):
             raise UserError(f'{path}: a mask must hold one code a pixel, got a colour image. '
@@ -110,24 +127,25 @@ def _read_bytes(path: Path) -> bytes:
                         'Check the path and its permissions.') from error
 
 
-def _palette_indices(path: Path, data: bytes, colours_bgr: np.ndarray) -> np.ndarray:
-    """Undo the palette: OpenCV gives colours, the codes are their places in the PLTE chunk."""
-    position = 8
-    palette = b''
-    while position + 8 <= len(data):
-        length = int.from_bytes(data[position:position + 4], 'big')
-        if data[position + 4:position + 8] == b'PLTE':
-            palette = data[position + 8:position + 8 + length]
-            break
-        position += 12 + length
-    entries = np.frombuffer(palette, np.uint8).reshape(-1, 3).astype(np.int32)
-    packed = entries[:, 0] << 16 | entries[:, 1] << 8 | entries[:, 2]
-    order = np.argsort(packed, kind='stable')
-    pixels = colours_bgr.astype(np.int32)
-    wanted = pixels[..., 2] << 16 | pixels[..., 1] << 8 | pixels[..., 0]
-    used = np.unique(wanted)
-    if any(np.count_nonzero(packed == colour) != 1 for colour in used):
-        raise UserError(f'{path}: the palette has one colour for several codes, so the codes '
-                        'cannot be read. Save the mask as an 8-bit grey PNG.')
-    indices: np.ndarray = order[np.searchsorted(packed[order], wanted)].astype(np.uint8)
-    return indices
+def _decode(data: bytes) -> np.ndarray | None:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def _with_plain_palette(data: bytes) -> bytes:
+    """
+    Give a palette PNG the colour (i, i, i) for each index i.
+
+    OpenCV gives colours, from which indices cannot be told where some share a colour.
+    """
+    plain = b'PLTE' + bytes(index for index in range(1 << data[24]) for _ in 'RGB')
+    chunks = [struct.pack('>I', len(plain) - 4), plain, struct.pack('>I', zlib.crc32(plain))]
+    position = len(_PNG)
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position:position + 4], 'big')
+        kind = data[position + 4:position + 8]
+        if kind == b'IHDR':
+            chunks.insert(0, data[position:end])
+        elif kind in (b'IDAT', b'IEND'):
+            chunks.append(data[position:end])
+        position = end
+    return _PNG + b''.join(chunks)

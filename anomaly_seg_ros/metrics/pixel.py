@@ -82,6 +82,9 @@ def check_frame(scores: npt.NDArray[Any], mask: npt.NDArray[Any], frame_id: str)
     if scores.shape != mask.shape:
         raise UserError(f'{frame_id}: scores are {scores.shape} and the mask is {mask.shape}; '
                         'both must have one size. Resize the scores to the mask.')
+    if not scores.size:
+        raise UserError(f'{frame_id}: a score map must have at least one pixel, got '
+                        f'{scores.shape}. Write it again.')
     if not np.isfinite(scores).all():
         bad = int(np.count_nonzero(~np.isfinite(scores)))
         raise UserError(f'{frame_id}: {bad} of {scores.size} scores are NaN or infinite; every '

@@ -22,6 +22,7 @@ from pathlib import Path
 import socket
 from typing import Any, Protocol, TypeVar
 
+from anomaly_seg_ros.datasets.reading import read_codes
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.metrics.compat import (
     CaosMetrics, CaosPerImage, S2mCounts, S2mMetrics, SmiycPixel, SmiycPixelMetrics)
@@ -154,20 +155,7 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
 
 
 def _read_mask(path: Path) -> npt.NDArray[Any]:
-    if path.suffix == '.npy':
-        mask = read_npy(path)
-    else:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f'{path}: cannot be read ({error.strerror})') from error
-        # OpenCV fills what a truncated PNG lacks with zeros: insist on the closing chunk.
-        whole = data[:8] == b'\x89PNG\r\n\x1a\n' and b'IEND' in data[-16:]
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8),
-                               cv2.IMREAD_UNCHANGED) if whole else None
-        if decoded is None:
-            raise UserError(f'{path}: not a whole PNG file. Copy or write it again.')
-        mask = decoded
+    mask = read_npy(path) if path.suffix == '.npy' else read_codes(path)
     if mask.dtype.kind not in 'bui':
         raise UserError(f'{path}: a mask must hold integers, got {mask.dtype}. Store 0 '
                         '(in-distribution), 1 (anomaly), 255 (void) as uint8.')
