@@ -70,6 +70,14 @@ class FiniteFloat(click.ParamType):
         return number
 
 
+class FiniteRange(click.FloatRange):
+    """A number of a range; NaN, which is neither too small nor too large, is not one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return a float."""
+        return super().convert(FiniteFloat().convert(value, param, ctx), param, ctx)
+
+
 class OneOf(click.ParamType):
     """A name out of a table that is imported only when one is given."""
 
