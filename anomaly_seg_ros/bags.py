@@ -3,7 +3,8 @@
 Write and read rosbag2 recordings (mcap and sqlite3) without ROS.
 
 Ground truth travels as mono8 images on topics of its own and carries the header stamp of the
-image that it belongs to; a small String topic carries the data set's frame names.
+image that it belongs to; a small String topic carries the data set's frame names, and how it is
+scored.
 """
 
 from collections import deque
@@ -22,12 +23,14 @@ import tempfile
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
+from anomaly_seg_ros.classes import CLASS_SETS
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
 from anomaly_seg_ros.datasets.reading import codes_in
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.images import BadImage, decode_message, mask_from_message
+from anomaly_seg_ros.metrics.components import find_track
 import cv2
 import numpy as np
 from rosbags.interfaces import (
@@ -38,13 +41,15 @@ from rosbags.typesys.store import Typestore
 
 __all__ = [
     'BagFrame', 'BagReader', 'BagSummary', 'check_recording', 'DEFAULT_RATE_HZ', 'FRAME_TOPIC',
-    'GROUND_TRUTH_TOPIC', 'ImageFolder', 'IMAGE_TOPIC', 'LABELS_TOPIC', 'make_bag', 'read_bag',
-    'ResultBag', 'STORAGES', 'VideoFile']
+    'GROUND_TRUTH_TOPIC', 'ImageFolder', 'IMAGE_TOPIC', 'LABELS_TOPIC', 'make_bag', 'NO_TOPIC',
+    'read_bag', 'ResultBag', 'STORAGES', 'VideoFile']
 
 IMAGE_TOPIC = '/camera/image_raw'
 GROUND_TRUTH_TOPIC = '/ground_truth/anomaly_mask'
 LABELS_TOPIC = '/ground_truth/labels'
 FRAME_TOPIC = '/ground_truth/frame'
+#: In place of a topic: leave ground truth aside that the bag has.
+NO_TOPIC = 'none'
 # 2026-01-01 00:00:00 UTC: a fixed start makes bags of the same frames equal.
 START_NS = 1_767_225_600_000_000_000
 DEFAULT_RATE_HZ = 10.0
@@ -175,7 +180,8 @@ def make_bag(source: FrameSource, output: Path | str, *, rate_hz: float | None =
                 else _image_message(image, 'rgb8', stamp_ns, frame_id)
             bag.write(images, stamp_ns, message)
             bag.write(names, stamp_ns, _typestore().types[_STRING](json.dumps(
-                {'stamp_ns': stamp_ns, 'frame_id': frame.frame_id, 'source': source.name})))
+                {'stamp_ns': stamp_ns, 'frame_id': frame.frame_id, 'source': source.name,
+                 'track': source.track, 'class_set': source.class_set})))
             counts['frames'] += 1
             for kind, topic, mask in (('ground_truth', ground_truth_topic, frame.anomaly_mask),
                                       ('labels', labels_topic, frame.labels)):
@@ -289,7 +295,7 @@ def read_bag(path: Path | str, *, image_topic: str | None = None,
         None takes the only image topic that is not ground truth.
     ground_truth_topic, labels_topic
         None takes ``/ground_truth/anomaly_mask`` and ``/ground_truth/labels`` where they exist;
-        a name must exist.
+        ``none`` takes nothing; any other name must exist.
 
     Raises
     ------
@@ -430,6 +436,8 @@ class BagReader(FrameSource):
 
     def _choose_image_topic(self, wanted: str | None) -> str:
         truth = {topic.name for topic in self._truth.values()}
+        if wanted is None:  # that they are left aside does not make them camera images
+            truth |= {GROUND_TRUTH_TOPIC, LABELS_TOPIC}
         pictures = [name for name, kind in self.topics.items()
                     if kind in (_IMAGE, _COMPRESSED) and name not in truth]
         listed = ', '.join(f'{name} ({kind})' for name, kind in self.topics.items()) or 'nothing'
@@ -450,6 +458,8 @@ class BagReader(FrameSource):
         return pictures[0]
 
     def _truth_topic(self, wanted: str | None, default: str) -> str | None:
+        if wanted == NO_TOPIC:
+            return None
         name = default if wanted is None else wanted
         if name not in self.topics:
             if wanted is None:
@@ -513,14 +523,20 @@ class BagReader(FrameSource):
                     f'{self.root}: {len(lost)} of {len(topic.log_time_ns)} messages of '
                     f'{topic.name} have no image on {self._images.name} with the same stamp: '
                     f'{", ".join(map(str, lost[:8]))}{more} (ns). Choose the image topic that the '
-                    'ground truth belongs to, or record both together.')
+                    'ground truth belongs to, record both together, or leave the ground truth '
+                    f'aside with --ground-truth-topic {NO_TOPIC}.')
 
     def _read_name(self, raw: bytes) -> None:
         try:
             message: Any = _typestore().deserialize_cdr(raw, _STRING)
             entry = json.loads(message.data)
             self._names[int(entry['stamp_ns'])] = str(entry['frame_id'])
-        except (ValueError, KeyError, TypeError) as error:
+            # Not in bags of earlier versions.
+            self.track = find_track(entry.get('track', self.track)).name
+            self.class_set = entry.get('class_set', self.class_set)
+            if self.class_set is not None and self.class_set not in CLASS_SETS:
+                raise ValueError(f'unknown class_set {self.class_set!r}')
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{self.root}: {FRAME_TOPIC} must hold JSON with stamp_ns and '
                             f'frame_id ({error}). Record the bag again with make-bag, or drop the '
                             'topic.') from error

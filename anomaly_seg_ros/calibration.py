@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
-from anomaly_seg_ros.classes import UNLABELLED
+from anomaly_seg_ros.classes import label_ids, UNLABELLED
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
@@ -24,7 +24,7 @@ from anomaly_seg_ros.metrics.calibration import Calibration
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks.variants import MASK_FAMILIES, VARIANTS
 from anomaly_seg_ros.parity import compare, LIMITS
-from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.pipeline import BadOutput, Pipeline
 from anomaly_seg_ros.preprocess import Preprocessor
 import cv2
 import numpy as np
@@ -50,8 +50,8 @@ class CalibrationRequest:
     ----------
     temperature
         ``fit``: on the frames' labels; ``keep``; or a number. None fits where the frames have
-        labels, the score is changed by it (all but max_logit) and the graph has logits to divide,
-        else keeps.
+        labels of the model's classes, the score is changed by it (all but max_logit) and the graph
+        has logits to divide, else keeps.
     criterion
         ``fpr``: the lowest threshold with at most ``rate`` of the in-distribution pixels above;
         ``tpr``: the highest with at least ``rate`` of the anomalous ones above; ``best-f1``.
@@ -111,7 +111,8 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
     Raises
     ------
     UserError
-        If the frames lack what the request needs, or the graph has no logits to divide.
+        If the frames lack what the request needs (labels of the model's classes for a fit), or
+        the graph has no logits to divide.
 
     """
     request = request or CalibrationRequest()
@@ -122,8 +123,16 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
     total = min(len(source), limit or len(source))
     notes: dict[str, Any] = {'data': source.name, 'frames': total}
     temperature = request.temperature
+    ids = None
+    try:
+        ids = label_ids(model_file.card.classes, source.class_set)
+    except UserError as error:
+        if temperature == 'fit':
+            raise UserError(f'{source.name}: the temperature cannot be fitted: {error}. Use '
+                            '--temperature keep.') from error
     if temperature is None:
-        fit = model_file.card.score != 'max_logit' and source[0].labels is not None
+        fit = ids is not None and model_file.card.score != 'max_logit' \
+            and source[0].labels is not None
         temperature = 'fit' if fit else 'keep'
     if temperature != 'keep':
         try:
@@ -136,7 +145,7 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
     if temperature != 'keep':
         if temperature == 'fit':
             temperature, notes['temperature_fit'] = fit_temperature(
-                model_file, _frames(source, total, 'temperature', progress))
+                model_file, _frames(source, total, 'temperature', progress), ids)
         model_file = with_temperature(model_file, float(temperature))
     threshold, text, score_range = _choose_threshold(
         model_file, _frames(source, total, 'threshold', progress), request, backend, threads)
@@ -149,12 +158,14 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
     return card
 
 
-def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, dict[str, float]]:
+def fit_temperature(model: ModelFile, frames: Iterator[Frame],
+                    ids: np.ndarray | None = None) -> tuple[float, dict[str, float]]:
     """
     Return the temperature of least negative log likelihood, and figures before and after.
 
     Labels are compared at the network's own output size, where the logits are; at most
-    ``FIT_PIXELS`` pixels are used, drawn evenly from those of all frames.
+    ``FIT_PIXELS`` pixels are used, drawn evenly from those of all frames. ``ids`` is the table of
+    ``classes.label_ids``; without it labels are the model's own ids.
     """
     import onnxruntime
 
@@ -170,7 +181,8 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame]) -> tuple[float, d
                             'fitted on; choose a labelled data set or --temperature keep')
         raw = _planes(session.run(names, {'image': preprocess(frame.image_rgb)}),
                       model.card.output_size_hw)
-        truth = cv2.resize(frame.labels, raw.shape[:0:-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        labelled = frame.labels if ids is None else ids[frame.labels]
+        truth = cv2.resize(labelled, raw.shape[:0:-1], interpolation=cv2.INTER_NEAREST_EXACT)
         highest = truth[truth != UNLABELLED].max(initial=0)
         if highest >= len(raw):
             raise UserError(f'frame {frame.frame_id}: label {highest} is none of the {len(raw)} '
@@ -328,7 +340,10 @@ def _choose_threshold(model: ModelFile, frames: Iterator[Frame], request: Calibr
     with open_backend(model, backend, threads=threads) as device:
         pipeline = Pipeline(device)
         for frame in frames:
-            scores = pipeline(frame.image_rgb).anomaly.ravel()
+            try:
+                scores = pipeline(frame.image_rgb).anomaly.ravel()
+            except (UserError, BadOutput) as error:
+                raise UserError(f'frame {frame.frame_id}: {error}') from error
             mask = np.zeros_like(scores, np.uint8) if frame.anomaly_mask is None \
                 else frame.anomaly_mask.ravel()
             for code, parts in drawn.items():

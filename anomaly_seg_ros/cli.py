@@ -8,6 +8,7 @@ when they run, so that ``--help`` is quick and an extra that is not installed hu
 
 import logging
 import os
+import signal
 import sys
 
 from anomaly_seg_ros import __version__
@@ -41,6 +42,8 @@ def main() -> None:
     """Run the command line: exit code 0 done, 1 the run failed, 2 wrong usage."""
     # Damaged files get a message of ours; OpenCV's warnings beside it only confuse.
     os.environ.setdefault('OPENCV_LOG_LEVEL', 'ERROR')
+    # As Ctrl-C: temporary files are removed, and what is kept is said.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cli.main(prog_name='anomaly-seg', standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -48,8 +51,11 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        CONSOLE.print('stopped; what was written until now is kept')
+    except (click.Abort, KeyboardInterrupt) as error:
+        # click hides the interrupt, and what a run said of its files, in an Abort.
+        kept = ''.join(map(str, (error.__cause__ or error).args))
+        CONSOLE.print(f'stopped; what was written until now is kept{kept}', highlight=False,
+                      markup=False, soft_wrap=True)
         sys.exit(1)
     except UserError as error:
         CONSOLE.print(f'error: {error}', style='red', highlight=False, markup=False,

@@ -182,18 +182,30 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     stored = [_stored(run, frame_ids) for run in runs]
     pooled_notes, rows = [], []
     drawn: dict[str, Float64Array] = {}
-    if all(scores is not None for scores in stored):
+    if len(frame_ids) < 2:
+        pooled_notes.append('One frame varies in nothing: no figure has an interval.')
+    elif all(scores is not None for scores in stored):
         counts = [_bin_counts(*scores) for scores in stored if scores is not None]
         drawn = _resample_pooled(counts, resamples, seed)
     else:
         without = [run.name for run, scores in zip(runs, stored, strict=True) if scores is None]
         pooled_notes.append(
             f'Pooled figures have no interval: {", ".join(without)} kept no score map of every '
-            'frame. Run with --save-scores to get one.')
+            'frame. "evaluate" and "replay" keep them with --save-scores; a folder of "metrics" '
+            'has none.')
     if not same:
         pooled_notes.append('The runs differ in their frames; only the frames of all runs are '
                             'compared, so pooled figures from metrics.json are left out.')
+    sections = [run.metrics.get('components') for run in runs]
+    tracks = {str(section['track']) for section in sections
+              if isinstance(section, Mapping) and section.get('track')}
+    if len(tracks) > 1:
+        pooled_notes.append(f'The component figures are of different tracks '
+                            f'({", ".join(sorted(tracks))}) and left out. Give --track in every '
+                            'run.')
     for statistic in POOLED:
+        if len(tracks) > 1 and statistic.key.startswith('components.'):
+            continue
         values = np.array([_number(run.metrics, statistic.key) for run in runs])
         if not same or np.isnan(values).any():
             continue
@@ -361,7 +373,8 @@ def _shared_frames(runs: Sequence[_Run], common_frames: bool) -> tuple[list[str]
                     details.append(f'{len(only)} frames of {one.path} are not in {other.path} '
                                    f'({", ".join(only[:3])}{", ..." if len(only) > 3 else ""})')
         raise UserError('the runs are over different frames: ' + '; '.join(details) + '. Evaluate '
-                        'the same data in every run, or compare only the frames they share.')
+                        'the same data in every run, or compare only the frames they share, with '
+                        '--common-frames.')
     if not shared:
         raise UserError('the runs have no frame in common: '
                         + ', '.join(str(run.path) for run in runs))

@@ -61,8 +61,10 @@ def write_pictures(result_bag: Path, folder: Path, palette: Sequence[tuple[int, 
     """
     Write ``count`` panels of camera, labels, heat map and mask, evenly spread over the drive.
 
-    Returns the paths of the PNG files.
+    Pictures of an earlier drive are removed. Returns the paths of the PNG files.
     """
+    for old in folder.glob('frame_*.png'):
+        old.unlink()
     topics = {name: read_bag(result_bag, image_topic=f'/anomaly_seg/{name}')
               for name in ('input/image', 'output/overlay', 'output/labels', 'output/anomaly_u8')}
     frames = len(topics['input/image'])

@@ -7,7 +7,8 @@ a bag, or the live node), stores scores and masks as files, and computes the met
 files at the end; the same frames give the same figures whichever way they came.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 import csv
 from dataclasses import asdict, dataclass, field
 import json
@@ -15,6 +16,7 @@ import logging
 import os
 from pathlib import Path
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -22,6 +24,7 @@ from typing import Any
 
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.classes import label_ids
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
@@ -29,7 +32,8 @@ from anomaly_seg_ros.files import atomic_write, atomic_write_text
 from anomaly_seg_ros.metrics.calibration import (
     Calibration, CalibrationMetrics, IMAGE_STATISTICS, image_statistics)
 from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
-from anomaly_seg_ros.metrics.stored import FrameRow, score_metrics, ScoreCurves, StoredScores
+from anomaly_seg_ros.metrics.stored import (
+    FrameRow, null_sections, score_metrics, ScoreCurves, StoredScores)
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
 from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
@@ -44,6 +48,9 @@ PER_FRAME_COLUMNS = (
     *(f'{stage}_ms' for stage in STAGES), 'end_to_end_ms')
 
 NO_LABELS = 'no frame has ground-truth labels'
+
+# The bag of replay's answers, in a folder of results.
+RESULT_BAG = 'result_bag'
 
 # In a folder of results: its sub-folders are this program's, so a new run may clear them.
 _MARK = '.anomaly_seg_run'
@@ -123,9 +130,21 @@ class Recorder:
     are removed when the first frame is recorded, so a run that never gets that far costs nothing.
     """
 
-    def __init__(self, output: Path | str, card: ModelCard, *, save_scores: bool = False) -> None:
+    def __init__(self, output: Path | str, card: ModelCard, *, save_scores: bool = False,
+                 track: str = 'anomaly', class_set: str | None = None) -> None:
         """
         Make sure that ``output`` can take the results.
+
+        Parameters
+        ----------
+        output, card
+            Where the results go, and the card of the model that answers.
+        save_scores
+            Keep score maps and masks as files.
+        track
+            Component metrics of the ``anomaly`` or ``obstacle`` track.
+        class_set
+            Whose ids the frames' labels are, as ``FrameSource.class_set``.
 
         Raises
         ------
@@ -136,6 +155,7 @@ class Recorder:
         self.output = Path(output)
         self._card = card
         self._save_scores = save_scores
+        self._track = track
         self._scores = self.output / 'scores'
         self._masks = self.output / 'masks'
         self._unlabelled = self.output / 'scores_unlabelled'
@@ -143,13 +163,23 @@ class Recorder:
         self._rows: list[dict[str, Any]] = []
         self._latency: dict[str, list[float]] = {}
         self._confusion = ConfusionMatrix(card.classes)
-        # 1 - MSP is the confidence of the label; no other score is a probability.
-        self._calibration = Calibration() if card.score == 'msp' else None
+        self._calibration = Calibration()
+        # Why a section stays empty.
+        self._no_segmentation = self._no_calibration = ''
+        if card.score != 'msp':  # 1 - MSP is the confidence; no other score is a probability
+            self._no_calibration = (f'needs the confidence of the labels, which {card.score} does '
+                                    'not give; export the model with --score msp')
+        try:
+            self._label_ids = label_ids(card.classes, class_set)
+        except UserError as error:
+            self._no_segmentation = self._no_calibration = str(error)
         self._labelled = 0
         self._scored: list[str] = []
         self._folders = (self._scores, self._masks, self._unlabelled, self._thumbnails)
+        self._result_bags = (self.output / RESULT_BAG, self.output / f'{RESULT_BAG}.incomplete')
         mark = self.output / _MARK
-        strange = [] if mark.exists() else [each for each in self._folders if each.exists()]
+        strange = [] if mark.exists() else [
+            each for each in (*self._folders, *self._result_bags) if each.exists()]
         if strange:
             raise UserError(f'{strange[0]}: is there already and not from a run of this program. '
                             'Choose another output folder; this one would be overwritten.')
@@ -165,30 +195,39 @@ class Recorder:
         return len(self._rows)
 
     def add(self, frame: Frame, answer: Answer) -> None:
-        """Record the answer to one frame."""
-        if not self._rows:
-            self._clear()
+        """
+        Record the answer to one frame.
+
+        Raises
+        ------
+        UserError
+            If answer and frame do not fit or a file cannot be written; nothing of the frame is
+            recorded then.
+
+        """
         height, width = frame.image_rgb.shape[:2]
         for what, array in (('score', answer.anomaly), ('label image', answer.labels)):
             if array.shape != (height, width):
                 raise UserError(f'frame {frame.frame_id}: {what} of {array.shape}, image of '
                                 f'{(height, width)}; the answer does not belong to this frame')
+        if frame.anomaly_mask is not None and frame.anomaly_mask.shape != (height, width):
+            raise UserError(f'frame {frame.frame_id}: mask of {frame.anomaly_mask.shape}, '
+                            f'image of {(height, width)}')
+        labels = confusion = None
+        if frame.labels is not None and not self._no_segmentation:
+            labels = self._label_ids[frame.labels]
+            confusion = ConfusionMatrix(self._card.classes)
+            confusion.update(answer.labels, labels, frame.frame_id)
+        if not self._rows:
+            self._clear()
         name = file_name(frame.frame_id)
+        self._save(name, frame, answer)
         if frame.anomaly_mask is not None:
-            if frame.anomaly_mask.shape != (height, width):
-                raise UserError(f'frame {frame.frame_id}: mask of {frame.anomaly_mask.shape}, '
-                                f'image of {(height, width)}')
-            _save_array(self._scores / f'{name}.npy', answer.anomaly)
-            _save_array(self._masks / f'{name}.npy', frame.anomaly_mask)
             self._scored.append(name)
-        elif self._save_scores:
-            _save_array(self._unlabelled / f'{name}.npy', answer.anomaly)
-        if frame.labels is not None:
-            self._confusion.update(answer.labels, frame.labels, frame.frame_id)
-            if self._calibration is not None:
-                self._calibration.update(self._labelled, 1.0 - answer.anomaly, answer.labels,
-                                         frame.labels, frame.frame_id)
-            self._labelled += 1
+        if labels is not None and confusion is not None:
+            self._confusion.merge(confusion)
+            self._add_confidence(frame, answer, labels)
+        self._labelled += frame.labels is not None
         self._rows.append({
             'frame_id': frame.frame_id, 'width': width, 'height': height,
             **{f'score_{key}': value for key, value in image_statistics(answer.anomaly).items()},
@@ -197,11 +236,9 @@ class Recorder:
                if f'{stage}_ms' in PER_FRAME_COLUMNS}})
         for stage, value in answer.latency_ms.items():
             self._latency.setdefault(stage, []).append(float(value))
-        self._keep_thumbnail(name, frame, answer)
 
-    def finish(self, run: RunInfo, *, track: str | None = None, dropped: int = 0,
-               title: str = '', workers: int = 1, ray: str | None = None,
-               progress: Progress | None = None) -> dict[str, Any]:
+    def finish(self, run: RunInfo, *, dropped: int = 0, title: str = '', workers: int = 1,
+               ray: str | None = None, progress: Progress | None = None) -> dict[str, Any]:
         """
         Compute the metrics, write the result files and return metrics.json's content.
 
@@ -215,26 +252,65 @@ class Recorder:
             reasons = ''.join(f'\n  {problem}' for problem in run.extra.get('problems', ()))
             raise UserError(f'{run.data}: no frame was answered, so there is nothing to report'
                             f'{reasons}')
+        with self.keeping():
+            return self._finish(run, dropped, title or run.data, workers, ray, progress)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Add to whatever ends the block, Ctrl-C too, where the scores so far are."""
         try:
-            return self._finish(run, track, dropped, title or run.data, workers, ray, progress)
+            yield
         except UserError as error:
             raise UserError(f'{error}{self.kept()}') from error
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(self.kept()) from error
 
     def kept(self) -> str:
         """Return a sentence for error messages on where the scores so far are, or nothing."""
         if not self._scored:
             return ''
         return (f'\nThe scores of the {len(self._scored)} frames so far are kept; their metrics: '
-                f'anomaly-seg metrics {self._scores} {self._masks} --output FOLDER')
+                f'anomaly-seg metrics {shlex.quote(str(self._scores))} '
+                f'{shlex.quote(str(self._masks))} --track {self._track} --output FOLDER')
+
+    def _add_confidence(self, frame: Frame, answer: Answer, labels: np.ndarray) -> None:
+        if self._no_calibration:
+            return
+        confidence = 1.0 - answer.anomaly
+        low, high = float(confidence.min()), float(confidence.max())
+        if not 0 <= low <= high <= 1:
+            # The MSP of a mask network sums masks, which overlap (docs/scores.md).
+            self._no_calibration = (f'needs probabilities; 1 - score is {low:.3g} to {high:.3g} '
+                                    f'in frame {frame.frame_id}')
+            return
+        self._calibration.update(self._labelled, confidence, answer.labels, labels,
+                                 frame.frame_id)
+
+    def _save(self, name: str, frame: Frame, answer: Answer) -> None:
+        """Write the frame's files, all or none."""
+        try:
+            if frame.anomaly_mask is not None:
+                _save_array(self._scores / f'{name}.npy', answer.anomaly)
+                _save_array(self._masks / f'{name}.npy', frame.anomaly_mask)
+            elif self._save_scores:
+                _save_array(self._unlabelled / f'{name}.npy', answer.anomaly)
+            self._keep_thumbnail(name, frame, answer)
+        except BaseException:
+            for folder in self._folders:
+                for path in (folder / f'{name}.npy', folder / f'{name}.npz'):
+                    with suppress(OSError):
+                        path.unlink()
+            raise
 
     def _clear(self) -> None:
         """Remove an older run's results."""
         try:
             for name in ('metrics.json', 'per_frame.csv', 'report.html'):
                 (self.output / name).unlink(missing_ok=True)
-            for folder in self._folders:
+            for folder in (*self._folders, *self._result_bags):
                 if folder.exists():
                     shutil.rmtree(folder)
+            for folder in self._folders:
                 folder.mkdir()
         except OSError as error:
             raise self._not_writable(error) from error
@@ -243,9 +319,9 @@ class Recorder:
         return UserError(f'{error.filename or self.output}: cannot be written ({error.strerror}). '
                          'Choose another output folder.')
 
-    def _finish(self, run: RunInfo, track: str | None, dropped: int, title: str, workers: int,
-                ray: str | None, progress: Progress | None) -> dict[str, Any]:
-        metrics, curves = self._score_metrics(track, workers, ray, progress)
+    def _finish(self, run: RunInfo, dropped: int, title: str, workers: int, ray: str | None,
+                progress: Progress | None) -> dict[str, Any]:
+        metrics, curves = self._score_metrics(workers, ray, progress)
         metrics['segmentation'] = self._segmentation()
         metrics['calibration'], reliability = self._calibrate()
         metrics['latency_ms'] = {
@@ -265,13 +341,12 @@ class Recorder:
                 folder.rmdir()
         return metrics
 
-    def _score_metrics(self, track: str | None, workers: int, ray: str | None,
-                       progress: Progress | None) -> tuple[dict[str, Any], ScoreCurves | None]:
+    def _score_metrics(self, workers: int, ray: str | None, progress: Progress | None
+                       ) -> tuple[dict[str, Any], ScoreCurves | None]:
         if not self._scored:
-            none = {'reason': 'no frame has an anomaly mask'}
-            return {'pixel': none, 'components': none, 'compat': none}, None
+            return null_sections('no frame has an anomaly mask'), None
         result = score_metrics(
-            StoredScores(self._scores, self._masks), track=track, workers=workers, ray=ray,
+            StoredScores(self._scores, self._masks), track=self._track, workers=workers, ray=ray,
             progress=None if progress is None else
             (lambda done, total: progress('metrics', done, total)))
         own = {row.frame_id: _frame_columns(row) for row in result.per_frame}
@@ -280,15 +355,14 @@ class Recorder:
         return result.as_json(), result.curves
 
     def _segmentation(self) -> dict[str, Any]:
-        if not self._labelled:
-            return {'miou': None, 'accuracy': None, 'iou_by_class': None, 'reason': NO_LABELS}
+        reason = self._no_segmentation if self._labelled else NO_LABELS
+        if reason:
+            return {'miou': None, 'accuracy': None, 'iou_by_class': None, 'reason': reason}
         return asdict(self._confusion.result())
 
     def _calibrate(self) -> tuple[dict[str, Any], CalibrationMetrics | None]:
-        if self._calibration is None or not self._labelled:
-            reason = NO_LABELS if not self._labelled else (
-                f'needs the confidence of the labels, which {self._card.score} does not give; '
-                'export the model with --score msp')
+        reason = self._no_calibration if self._labelled else NO_LABELS
+        if reason:
             return {'ece': None, 'adaptive_ece': None, 'ks': None, 'prr': None,
                     'reason': reason}, None
         result = self._calibration.result()
@@ -392,26 +466,28 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
                         f'scored:{lines}\nMend them, or leave those frames out with '
                         '--keep-going.')
     frame_ids = list(source.frame_ids)[:limit]
-    recorder = Recorder(output, model_file.card, save_scores=save_scores)
-    with open_backend(model_file, backend, threads=threads) as device:
+    recorder = Recorder(output, model_file.card, save_scores=save_scores,
+                        track=track or source.track, class_set=source.class_set)
+    with open_backend(model_file, backend, threads=threads) as device, recorder.keeping():
         pipeline = Pipeline(device, settings)
+        warm = False
         for index, frame_id in enumerate(frame_ids):
             try:
                 frame = source[index]
-                if index == 0:
+                if not warm:
                     pipeline.warm_up(frame.image_rgb.shape[:2])
+                    warm = True
                 recorder.add(frame, answer_offline(pipeline, frame.image_rgb))
             except (UserError, BadOutput) as error:
                 if not keep_going:
-                    raise UserError(f'frame {frame_id}: {error}{recorder.kept()}') from error
+                    raise UserError(f'frame {frame_id}: {error}') from error
                 problems.append(f'frame {frame_id}: {error}')
             if progress is not None:
                 progress('frames', index + 1, len(frame_ids))
         run = RunInfo(model_file, f'{source.name} in {source.root}',
                       device.describe(), pipeline.settings,
                       {'problems': problems} if problems else {})
-    return recorder.finish(run, track=track or source.track, workers=workers, ray=ray,
-                           title=source.name, progress=progress)
+    return recorder.finish(run, workers=workers, ray=ray, title=source.name, progress=progress)
 
 
 def answer_offline(pipeline: Pipeline, image: np.ndarray, channel_order: str = 'rgb',
@@ -454,7 +530,8 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
                                'reason': 'score maps hold no labels'}
     metrics['calibration'] = {'ece': None, 'adaptive_ece': None, 'ks': None, 'prr': None,
                               'reason': 'score maps hold no labels'}
-    metrics['latency_ms'] = None
+    metrics['latency_ms'] = {'end_to_end': None, 'frames': None, 'dropped': None,
+                             'reason': 'score maps hold no times'}
     metrics['run'] = {
         'data': f'{scores} with {masks}', 'frames': len(result.per_frame),
         'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -490,8 +567,13 @@ def percentiles(values_ms: Sequence[float]) -> dict[str, float]:
 
 
 def write_per_frame(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write per_frame.csv; a figure that does not apply is empty."""
-    with atomic_write(path) as temporary, open(temporary, 'w', newline='') as stream:
+    """
+    Write per_frame.csv; a figure that does not apply is empty.
+
+    Bytes of a frame's name that are no text are escaped, as in the other results.
+    """
+    with atomic_write(path) as temporary, open(
+            temporary, 'w', newline='', encoding='utf-8', errors='backslashreplace') as stream:
         writer = csv.DictWriter(stream, PER_FRAME_COLUMNS, restval='', extrasaction='raise')
         writer.writeheader()
         writer.writerows({k: '' if v is None else v for k, v in row.items()} for row in rows)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import time
 
 from anomaly_seg_ros.backends.base import Backend
+from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.obstacles import find_obstacles, Obstacle, ObstacleSettings
 from anomaly_seg_ros.preprocess import check_image, Preprocessor
@@ -27,6 +28,10 @@ MAPS: dict[str, type] = {'labels': np.uint8, 'anomaly': np.float32, 'mask': np.u
 
 class BadOutput(RuntimeError):
     """The network gave NaN or infinity: there is no answer for this frame."""
+
+
+class WrongSize(UserError, ValueError):
+    """The frame is of another size than the one a ``device`` model was exported for."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Pipeline:
         Raises
         ------
         ValueError
-            If the image is of another type or shape.
+            If the image is of another type or shape; ``WrongSize`` for a ``device`` model.
         BadOutput
             If the score is not finite everywhere.
 
@@ -156,9 +161,9 @@ class Pipeline:
         """Return what a ``device`` graph takes: the frame itself, in the order it was made for."""
         if image.shape[:2] != self.card.frame_size_hw:
             height, width = self.card.frame_size_hw or (0, 0)
-            raise ValueError(f'this model was exported for camera frames of {height}x{width}, got '
-                             f'{image.shape[0]}x{image.shape[1]}; export it with that '
-                             '--frame-size, or as a host model, which takes any size')
+            raise WrongSize(f'this model was exported for camera frames of {height}x{width}, got '
+                            f'{image.shape[0]}x{image.shape[1]}; export it with that '
+                            '--frame-size, or as a host model, which takes any size')
         if channel_order == self.card.frame_channel_order:
             return image
         if self._swapped.shape != image.shape:

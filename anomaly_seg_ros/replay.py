@@ -10,7 +10,8 @@ from typing import Any
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.bags import BagFrame, BagReader, read_bag, ResultBag
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.evaluate import Answer, answer_offline, Progress, Recorder, RunInfo
+from anomaly_seg_ros.evaluate import (
+    Answer, answer_offline, Progress, Recorder, RESULT_BAG, RunInfo)
 from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.model_file import load_model_file, ModelFile
 from anomaly_seg_ros.obstacles import ObstacleSettings
@@ -47,7 +48,7 @@ class ReplayOptions:
     save_scores
         Keep the score maps and masks.
     track
-        Component metrics of the ``anomaly`` or ``obstacle`` track.
+        Component metrics of the ``anomaly`` or ``obstacle`` track; None takes the bag's own.
 
     """
 
@@ -96,25 +97,27 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
                       labels_topic=options.labels_topic)
     settings = options.settings or ObstacleSettings(model_file.card.threshold)
     total = min(len(reader), options.limit or len(reader))
-    recorder = Recorder(output, model_file.card, save_scores=options.save_scores)
+    for each in (RESULT_BAG, f'{RESULT_BAG}.incomplete'):
+        if Path(bag).resolve().is_relative_to((Path(output) / each).resolve()):
+            raise UserError(f'{bag}: this bag lies where the results go and would be lost. Choose '
+                            'another --output.')
+    recorder = Recorder(output, model_file.card, save_scores=options.save_scores,
+                        track=options.track or reader.track, class_set=reader.class_set)
     counts: dict[str, Any] = {'dropped': 0}
     answers = (_through_node if options.through_node else _offline)(
         reader, model_file, settings, options, counts)
-    try:
-        with _result_bag(recorder.output, options) as results:
-            for frame, answer in answers:
-                recorder.add(frame, answer)
-                if results is not None:
-                    _write_results(results, frame, answer, model_file, options.result_topics)
-                if progress is not None:
-                    progress('frames', recorder.frames, total)
-    except (UserError, BadOutput) as error:
-        raise UserError(f'{error}{recorder.kept()}') from error
+    with recorder.keeping(), _result_bag(recorder.output, options) as results:
+        for frame, answer in answers:
+            recorder.add(frame, answer)
+            if results is not None:
+                _write_results(results, frame, answer, model_file, options.result_topics)
+            if progress is not None:
+                progress('frames', recorder.frames, total)
     run = RunInfo(model_file, f'{bag} ({reader.image_topic})', counts.pop('backend'), settings,
                   {'through_node': options.through_node, 'realtime': options.realtime,
                    **counts, **options.extra})
-    return recorder.finish(run, dropped=counts['dropped'], track=options.track,
-                           title=Path(bag).name, progress=progress)
+    return recorder.finish(run, dropped=counts['dropped'], title=Path(bag).name,
+                           progress=progress)
 
 
 def _frames(reader: BagReader, limit: int | None) -> Iterator[BagFrame]:
@@ -136,7 +139,7 @@ def _offline(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
                 pipeline.warm_up(warm[:2])
             try:
                 yield frame, _answer(pipeline, frame)
-            except BadOutput as error:
+            except (UserError, BadOutput) as error:
                 raise UserError(f'frame {frame.frame_id}: {error}') from error
 
 
@@ -185,7 +188,7 @@ def _result_bag(output: Path, options: ReplayOptions
                 ) -> 'contextlib.AbstractContextManager[ResultBag | None]':
     if not options.result_topics:
         return contextlib.nullcontext()
-    return ResultBag(output / 'result_bag', options.storage, overwrite=True)
+    return ResultBag(output / RESULT_BAG, options.storage, overwrite=True)
 
 
 def _write_results(results: ResultBag, frame: BagFrame, answer: Answer, model: ModelFile,

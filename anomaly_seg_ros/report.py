@@ -52,6 +52,7 @@ _LABELS = {
 _COMPAT = {
     'smiyc': 'SegmentMeIfYouCan', 'caos_per_image': 'CAOS, mean over images', 's2m': 'S2M',
     'relis': 'relis'}
+_S2M_LABELS = {'mean_f1': 'mean F1 over score thresholds'}
 # Every tau is in metrics.json; these are the ones that papers quote.
 _SHOWN_TAUS = ('0.25', '0.5', '0.75')
 _CARD = ('name', 'network', 'score', 'score_parameters', 'temperature', 'threshold',
@@ -248,7 +249,7 @@ def frame_caption(row: Mapping[str, Any]) -> str:
         ('average_precision', 'AP'), ('fpr95', 'FPR95'), ('auroc', 'AUROC')) if
         row.get(key) is not None]
     if row.get('positives') is not None and row.get('pixels'):
-        parts.append(f'{100 * row["positives"] / row["pixels"]:.2g} % of the pixels anomalous')
+        parts.append(f'{100 * row["positives"] / row["pixels"]:.3g} % of the pixels anomalous')
     if row.get('obstacles') is not None:
         parts.append(f'{row["obstacles"]} obstacle{"" if row["obstacles"] == 1 else "s"} found')
     if row.get('score_max') is not None:
@@ -424,21 +425,27 @@ def _compat(section: Mapping[str, Any] | None) -> list[tuple[str, dict[str, Any]
         outer = {k: v for k, v in part.items() if k not in inner}
         sections = [(f'{title}, {k}', _section(v)) for k, v in inner.items()]
         if outer:
-            sections.insert(0, (title, _section(outer)))
+            labels = _S2M_LABELS if name == 's2m' else {}
+            sections.insert(0, (title, _section(outer, labels)))
         result += [s for s in sections if s[1]['rows'] or s[1]['reason']]
-    return result
+    return result if any(section['rows'] for _, section in result) else []
 
 
-def _section(values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the rows (label, text) of a part of metrics.json, empty if all of it is null."""
-    values = values or {}
+def _section(values: Mapping[str, Any] | None, labels: Mapping[str, str] | None = None
+             ) -> dict[str, Any]:
+    """
+    Return the rows (label, text) of a part of metrics.json, empty if all of it is null.
+
+    ``labels`` are those of inner figures that are not as in ``_LABELS``.
+    """
+    values, labels = values or {}, labels or {}
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         if key == 'reason':
             continue
         label = _label(key)
         if isinstance(value, Mapping):
-            rows += [(f'{label} {_label(str(name))}', _value(inner))
+            rows += [(f'{label} {labels.get(name, _label(str(name)))}', _value(inner))
                      for name, inner in value.items()
                      if not isinstance(inner, Mapping | list | tuple)
                      and (key != 'f1_by_tau' or name in _SHOWN_TAUS)]

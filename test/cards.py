@@ -40,3 +40,22 @@ def identity_model(path: Path, size_hw: tuple[int, int] = (24, 40), **changes: A
     """Write the identity graph with its card to ``path`` and load it."""
     write_model_file(path, identity_graph(size_hw).SerializeToString(), card(size_hw, **changes))
     return load_model_file(path)
+
+
+def device_model(path: Path, size_hw: tuple[int, int] = (24, 40)) -> ModelFile:
+    """Write the identity graph as one that takes whole frames of ``size_hw``, and load it."""
+    model = identity_graph(size_hw)
+    graph = model.graph
+    for node in graph.node:
+        if node.input[0] == 'image':
+            node.input[0] = 'planes'
+    for node in (helper.make_node('Unsqueeze', ['chw', 'batch'], ['planes']),
+                 helper.make_node('Transpose', ['float'], ['chw'], perm=[2, 0, 1]),
+                 helper.make_node('Cast', ['image'], ['float'], to=TensorProto.FLOAT)):
+        graph.node.insert(0, node)
+    graph.input[0].CopyFrom(
+        helper.make_tensor_value_info('image', TensorProto.UINT8, (*size_hw, 3)))
+    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), 'batch'))
+    write_model_file(path, model.SerializeToString(),
+                     card(size_hw, input_variant='device', frame_size_hw=size_hw))
+    return load_model_file(path)

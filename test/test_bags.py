@@ -422,6 +422,10 @@ def test_topics_are_chosen_with_care(tmp_path: Path) -> None:
     refused(path, 'no topic /truth', image_topic='/left', ground_truth_topic='/truth')
     refused(path, 'ground truth /chatter must be', image_topic='/left', labels_topic='/chatter')
     assert len(read_bag(path, image_topic='/left')) == 1
+    mask = (GROUND_TRUTH_TOPIC, 6, mask_message(1, 6), IMAGE)
+    path = write_bag(tmp_path / 'other', [('/left', 5, image, IMAGE), mask])
+    refused(path, 'no image on /left with the same stamp: 6', '--ground-truth-topic none')
+    assert read_bag(path, ground_truth_topic='none')[0].anomaly_mask is None
     refused(write_bag(tmp_path / 'none', [string]), 'no image topic', '/chatter')
 
 
@@ -483,6 +487,10 @@ def test_wrong_frame_names_are_refused(tmp_path: Path) -> None:
     image = ('/image', 5, image_message(pictures(1)[0], 5), IMAGE)
     names = (FRAME_TOPIC, 5, text_message('frame 0'), 'std_msgs/msg/String')
     refused(write_bag(tmp_path / 'text', [image, names]), FRAME_TOPIC, 'JSON')
+    for entry in ({'track': 'street'}, {'class_set': 'pets'}, {'class_set': ['road']}):
+        text = json.dumps({'stamp_ns': 5, 'frame_id': 'a', **entry})
+        refused(write_bag(tmp_path / f'{len(text)}', [
+            image, (FRAME_TOPIC, 5, text_message(text), 'std_msgs/msg/String')]), FRAME_TOPIC)
     second = ('/image', 6, image_message(pictures(2)[1], 6), IMAGE)
     twice = [(FRAME_TOPIC, stamp, text_message(json.dumps({'stamp_ns': stamp, 'frame_id': 'a'})),
               'std_msgs/msg/String') for stamp in (5, 6)]

@@ -336,6 +336,38 @@ def test_a_fit_that_ends_at_a_limit_is_said(tiny_model: Path, tmp_path: Path,
     assert card.temperature == pytest.approx(0.05)
 
 
+def test_labels_of_other_classes_fit_no_temperature(tiny_model: Path, tmp_path: Path) -> None:
+    """By default the temperature is kept, a fit is refused; an other order is by name."""
+    source = Labelled()
+    source.class_set = 'cityscapes'
+    other = cards.identity_model(tmp_path / 'other.onnx', score='energy').path
+    card = calibrate(other, source, tmp_path / 'out.onnx')
+    assert card.temperature == 1 and 'temperature_fit' not in card.provenance['calibration']
+    with pytest.raises(UserError, match=r'19 classes(.|\n)*--temperature keep'):
+        calibrate(other, source, tmp_path / 'x.onnx', CalibrationRequest(temperature='fit'))
+
+    model = load_model_file(tiny_model)
+    turned = replace(model.card, classes=model.card.classes[::-1])
+    write_model_file(tmp_path / 'turned.onnx', model.data, turned)
+    by_name = calibrate(tmp_path / 'turned.onnx', source, tmp_path / 'out.onnx',
+                        CalibrationRequest(temperature='fit'))
+    for frame in source:
+        frame.labels[frame.labels < 19] = 18 - frame.labels[frame.labels < 19]
+    source.class_set = None
+    by_id = calibrate(tiny_model, source, tmp_path / 'out.onnx',
+                      CalibrationRequest(temperature='fit'))
+    assert by_name.temperature == by_id.temperature
+
+
+def test_a_frame_a_device_model_does_not_take_is_named(small_benchmark: Path,
+                                                       tmp_path: Path) -> None:
+    """No traceback, and no file."""
+    with pytest.raises(UserError, match=r'frame 1: .*96x160, got 80x128'):
+        calibrate(cards.device_model(tmp_path / 'm.onnx', (96, 160)).path,
+                  open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out.onnx')
+    assert not (tmp_path / 'out.onnx').exists()
+
+
 def test_what_the_frames_lack_is_said(tiny_model: Path, small_benchmark: Path,
                                       tmp_path: Path) -> None:
     """No labels for a temperature, no anomalies for a recall: no file, and the way out."""

@@ -12,6 +12,7 @@ from typing import Any
 from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.datasets import DATASETS, open_dataset
 from anomaly_seg_ros.engine import EngineKey, record_path
+from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import write_model_file
 import cards
 from click.testing import CliRunner
@@ -68,6 +69,8 @@ BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
     ([*BENCHMARK, 'acdc', '--option', 'wether=fog'], 'it has split, weather'),
     ([*BENCHMARK, 'acdc', '--threshold', 'nan'], 'finite'),
     ([*BENCHMARK, 'acdc', '--workers', '0'], '--workers'),
+    (['compare', 'a', 'b', '--output', 'o', '--seed', '-1'], '--seed'),
+    (['compare', 'a', 'b', '--output', 'o', '--level', 'nan'], 'finite'),
     (['replay', 'bag', '--output', 'o', '--realtime'], '--through-node'),
     (['replay', 'bag', '--output', 'o', '--result-topics', 'mask'], 'obstacle_mask')])
 def test_wrong_usage_exits_2(arguments: list[str], said: str) -> None:
@@ -132,6 +135,49 @@ def test_bench_prints_every_figure_at_80_characters(tiny_model: Path, tmp_path: 
             assert f'{measured["frames_per_second"]:.1f}' in result.stdout
         else:
             assert f'{measured["name"]}: not measured: {measured["reason"]}' in result.stdout
+
+
+@pytest.mark.parametrize('arguments', [
+    ['demo', '--output', 'o'], ['replay', 'bag', '--output', 'o', '--through-node']])
+def test_without_ros_the_extra_is_named(arguments: list[str],
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is rendered or read."""
+    monkeypatch.setitem(sys.modules, 'rclpy', None)
+    result = CliRunner().invoke(cli, arguments)
+    assert isinstance(result.exception, UserError)
+    assert 'anomaly_seg_ros[ros]' in str(result.exception)
+
+
+STOPPED = """
+import os, signal, sys
+from anomaly_seg_ros.cli import main
+from anomaly_seg_ros.datasets import PairedDataset
+number = getattr(signal, sys.argv.pop(1))
+read = PairedDataset.__getitem__
+def stop(self, index):
+    if index == 2:
+        os.kill(os.getpid(), number)
+    return read(self, index)
+PairedDataset.__getitem__ = stop
+main()
+"""
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_a_stopped_run_says_what_it_keeps_and_leaves_no_scraps(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path, name: str) -> None:
+    """Score maps stay, with the command for them; the half of a bag goes."""
+    data = ['--dataset', 'road_anomaly_21', '--root', small_benchmark, '--output']
+    for arguments, said in ((['evaluate', tiny_model, *data, tmp_path / 'out'],
+                             f'anomaly-seg metrics {tmp_path}/out/scores'),
+                            (['make-bag', *data, tmp_path / 'bag'], 'stopped')):
+        result = subprocess.run([sys.executable, '-c', STOPPED, name, *map(str, arguments)],
+                                capture_output=True, text=True, check=False, timeout=600)
+        assert result.returncode == 1, result.stderr
+        assert said in result.stderr and 'Traceback' not in result.stderr
+    assert sorted(path.name for path in (tmp_path / 'out' / 'scores').iterdir()) == [
+        '0.npy', '1.npy']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['benchmark', 'out']
 
 
 def test_missing_model_exits_1_with_name_and_remedy(tmp_path: Path) -> None:

@@ -107,6 +107,27 @@ def test_one_frame_has_no_interval(tmp_path):
     assert (row.difference, row.low, row.difference_low, row.better) == (0.25, None, None, None)
 
 
+def test_one_frame_has_no_pooled_interval(stored_frames, tmp_path):
+    runs = [stored_run(tmp_path / name, frames[:1], {'pixel': {'average_precision': 0.5}})
+            for name, frames in zip('ab', stored_frames, strict=True)]
+    comparison = compare_runs(runs)
+    assert [row.low for row in select(comparison, 'AP', 'pooled')] == [None, None]
+    assert any('no figure has an interval' in note for note in comparison.notes)
+
+
+def test_component_figures_of_two_tracks_are_not_compared(tmp_path):
+    def compare(*tracks):
+        runs = [write_run(tmp_path / f'{len(tracks)}{track}{i}', frame_rows([0.1, 0.2]), {
+            'components': {'track': track, 'mean_f1': 0.4}}) for i, track in enumerate(tracks)]
+        return compare_runs(runs, resamples=100)
+
+    mixed, equal = compare('anomaly', 'obstacle'), compare('obstacle', 'obstacle', 'obstacle')
+    assert not select(mixed, 'component mean F1', 'pooled')
+    assert any('tracks (anomaly, obstacle)' in note for note in mixed.notes)
+    assert len(select(equal, 'component mean F1', 'pooled')) == 3
+    assert not any('tracks' in note for note in equal.notes)
+
+
 def test_lower_is_better_for_fpr95_and_ties_count_half(tmp_path):
     runs = [write_run(tmp_path / name, [
         {'frame_id': i, 'fpr95': value, 'auroc': 0.5} for i in range(30)])
@@ -206,14 +227,16 @@ def test_pooled_figures_without_score_maps_say_why_they_have_no_interval(paired_
     assert len(select(comparison, 'mIoU', 'pooled')) == 2
     assert len(select(comparison, 'latency p50, ms', 'pooled')) == 2
     assert not select(comparison, 'latency p99, ms', 'pooled')
-    assert any('a, b kept no score map' in note for note in comparison.notes)
+    assert any('a, b kept no score map' in note and 'a folder of "metrics" has none' in note
+               for note in comparison.notes)
 
 
 def test_runs_over_other_frames_are_refused_unless_only_common_ones_are_asked_for(tmp_path):
     one = write_run(tmp_path / 'a', frame_rows([0.1, 0.2, 0.3]), {'segmentation': {'miou': 0.5}})
     two = write_run(tmp_path / 'b', frame_rows([0.2, 0.3, 0.4, 0.5]),
                     {'segmentation': {'miou': 0.6}})
-    with pytest.raises(UserError, match=r'1 frames of .*b are not in .*a \(f/3\)'):
+    with pytest.raises(UserError, match=(r'1 frames of .*b are not in .*a \(f/3\)(.|\n)*'
+                                         '--common-frames')):
         compare_runs([one, two])
     comparison = compare_runs([one, two], common_frames=True)
     assert comparison.frames == 3

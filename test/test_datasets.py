@@ -132,7 +132,9 @@ def test_fs_lost_and_found_official(tmp_path: Path, image: str, mask: str) -> No
         # Lost & Found has many more frames than Fishyscapes chose.
         write_pair(tmp_path, image.format(frame='02_Hanns_000001_000010', split='test',
                                           scene='02_Hanns'), None)
-    expect(open_dataset('fs_lost_and_found', tmp_path), sorted(LAF_FRAMES), [0, 1, 255], None, 3)
+    dataset = open_dataset('fs_lost_and_found', tmp_path)
+    expect(dataset, sorted(LAF_FRAMES), [0, 1, 255], None, 3)
+    assert dataset.track == 'anomaly'  # FishyLAFAnomaly-val of road-anomaly-benchmark
 
 
 def test_fs_static_official(tmp_path: Path) -> None:

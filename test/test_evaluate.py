@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation from frames to files, against the pipeline and scikit-learn directly."""
 
+from collections.abc import Sequence
 import csv
+from dataclasses import replace
 import errno
 import json
 from pathlib import Path
@@ -9,14 +11,48 @@ import sys
 from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
-from anomaly_seg_ros.datasets import open_dataset
+from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
+from anomaly_seg_ros.datasets import Frame, FrameSource, open_dataset
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate, metrics_of_stored, percentiles
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.pipeline import Pipeline
+from cards import device_model, identity_model
+import cv2
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
+
+
+class Memory(FrameSource):
+    """Frames that are there already; None is one that cannot be read."""
+
+    name = 'memory'
+    root = Path('memory')
+
+    def __init__(self, frames: Sequence[Frame | None], class_set: str | None = None) -> None:
+        self._frames = frames
+        self.class_set = class_set
+
+    @property
+    def frame_ids(self) -> list[str]:
+        """Names of the frames."""
+        return [str(index) for index in range(len(self._frames))]
+
+    def __getitem__(self, index: int) -> Frame:
+        """Return a frame."""
+        frame = self._frames[index]
+        if frame is None:
+            raise UserError(f'{index}.png: cannot be read')
+        return frame
+
+
+def labelled_frame(index: int, size_hw: tuple[int, int] = (24, 40)) -> Frame:
+    """Return noise with the labels of the identity model, and a block of anomaly."""
+    image = np.random.default_rng(index).integers(0, 256, (*size_hw, 3), dtype=np.uint8)
+    mask = np.zeros(size_hw, np.uint8)
+    mask[5:15, 5:30] = 1
+    return Frame(str(index), image, mask, image.argmax(2).astype(np.uint8))
 
 
 def pooled(model: Path, root: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +155,6 @@ def test_keep_going_reports_the_rest_and_names_the_bad(
 def test_mask_of_another_size_is_never_scored(tiny_model: Path, small_benchmark: Path,
                                               tmp_path: Path) -> None:
     """A mask that does not lie on its image ends the run with its name."""
-    import cv2
     cv2.imwrite(str(small_benchmark / 'labels_masks' / '2.png'), np.zeros((10, 10), np.uint8))
     with pytest.raises(UserError, match=r'2\.png'):
         evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'out')
@@ -285,3 +320,142 @@ def test_erfnet_reaches_the_published_level(real_data: Path, tmp_path: Path) -> 
                           open_dataset('cityscapes', real_data / 'cityscapes', split='train'),
                           tmp_path / 'cityscapes')
     assert cityscapes['segmentation']['accuracy'] >= 0.96
+
+
+def test_a_frame_left_out_leaves_nothing(tmp_path: Path) -> None:
+    """What is named as left out is in no figure and no file, whatever is wrong with it."""
+    frames = [labelled_frame(index) for index in range(4)]
+    wrong_label = np.full((24, 40), 7, np.uint8)
+    bad = [frames[0], replace(frames[1], labels=wrong_label), replace(frames[2], labels=None),
+           replace(frames[3], anomaly_mask=np.zeros((9, 9), np.uint8))]
+    model = identity_model(tmp_path / 'm.onnx', score='msp').path
+    metrics = evaluate(model, Memory(bad), tmp_path / 'out', keep_going=True, save_scores=True)
+    assert [problem.split(':')[0] for problem in metrics['run']['problems']] == [
+        'frame 1', 'frame 3']
+    assert [row['frame_id'] for row in per_frame(tmp_path / 'out')] == ['0', '2']
+    assert metrics['pixel']['pixels'] == 2 * 24 * 40
+    assert metrics['segmentation']['pixels'] == 24 * 40
+    for folder in ('scores', 'masks'):
+        assert sorted(path.name for path in (tmp_path / 'out' / folder).iterdir()) == [
+            '0.npy', '2.npy']
+
+
+def test_a_frame_whose_mask_cannot_be_written_is_left_out(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score map without its mask would end the run when the metrics are computed."""
+    real_save = np.save
+    calls = []
+
+    def save(stream: Any, array: np.ndarray, **options: Any) -> None:
+        calls.append(stream)
+        if len(calls) == 4:  # the mask of the second frame
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        real_save(stream, array, **options)
+
+    monkeypatch.setattr(np, 'save', save)
+    metrics = evaluate(identity_model(tmp_path / 'm.onnx').path,
+                       Memory([labelled_frame(index) for index in range(3)]), tmp_path / 'out',
+                       keep_going=True)
+    assert metrics['pixel']['pixels'] == metrics['segmentation']['pixels'] == 2 * 24 * 40
+    assert 'No space left' in metrics['run']['problems'][0]
+
+
+def test_labels_are_compared_only_with_the_same_classes(tmp_path: Path) -> None:
+    """Other classes: no mIoU, but the anomaly figures; the same in another order: by name."""
+    frames = [labelled_frame(index) for index in range(2)]
+    other = identity_model(tmp_path / 'other.onnx', score='msp').path
+    metrics = evaluate(other, Memory(frames, 'cityscapes'), tmp_path / 'other')
+    assert metrics['segmentation']['miou'] is metrics['calibration']['ece'] is None
+    for section in ('segmentation', 'calibration'):
+        assert 'cityscapes (19 classes)' in metrics[section]['reason']
+        assert '(road, car, sky)' in metrics[section]['reason']
+    assert metrics['pixel']['pixels'] == 2 * 24 * 40
+    assert evaluate(other, Memory(frames), tmp_path / 'own')['segmentation']['miou'] == 1
+
+    names = tuple(name.replace(' ', '_').title() for name in CITYSCAPES_CLASSES[::-1])
+    turned = identity_model(tmp_path / 'turned.onnx', classes=names,
+                            palette=((0, 0, 0),) * 19).path
+    train_ids = [replace(frame, labels=18 - frame.labels) for frame in frames]
+    metrics = evaluate(turned, Memory(train_ids, 'cityscapes'), tmp_path / 'turned')
+    assert metrics['segmentation']['accuracy'] == 1
+    assert metrics['segmentation']['iou_by_class']['Bicycle'] == 1
+
+
+def test_an_msp_that_is_no_probability_costs_the_calibration_only(tmp_path: Path) -> None:
+    """Where masks overlap 1 - score exceeds 1: a reason, and every other figure."""
+    model = identity_model(tmp_path / 'm.onnx', score='msp').path
+    metrics = evaluate(model, Memory([labelled_frame(0), labelled_frame(1)]), tmp_path / 'out')
+    assert metrics['calibration']['ece'] is None
+    assert 'needs probabilities' in metrics['calibration']['reason']
+    assert 'in frame 0' in metrics['calibration']['reason']
+    assert metrics['segmentation']['accuracy'] == 1
+    assert metrics['pixel']['pixels'] == 2 * 24 * 40
+
+
+def test_frames_a_device_model_does_not_take_are_named(tmp_path: Path) -> None:
+    """Another camera's size is one frame's problem."""
+    source = Memory([labelled_frame(0), labelled_frame(1, (20, 40)), labelled_frame(2)])
+    model = device_model(tmp_path / 'm.onnx').path
+    with pytest.raises(UserError, match=r'frame 1: .*24x40, got 20x40(.|\n)*1 frames so far'):
+        evaluate(model, source, tmp_path / 'out')
+    metrics = evaluate(model, source, tmp_path / 'out', keep_going=True)
+    assert metrics['latency_ms']['frames'] == 2
+    assert len(metrics['run']['problems']) == 1
+
+
+def test_warm_up_comes_before_the_first_frame_that_can_be_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first frame that is broken does not leave the second one cold."""
+    sizes = []
+    monkeypatch.setattr(Pipeline, 'warm_up', lambda self, size_hw: sizes.append(size_hw))
+    evaluate(identity_model(tmp_path / 'm.onnx').path,
+             Memory([None, labelled_frame(1), labelled_frame(2)]), tmp_path / 'out',
+             keep_going=True)
+    assert sizes == [(24, 40)]
+
+
+def test_names_that_are_no_text_do_not_cost_the_results(tmp_path: Path) -> None:
+    """A byte of a file's name that is no UTF-8 is escaped in per_frame.csv."""
+    frame = replace(labelled_frame(0), frame_id='caf\udce9')
+    evaluate(identity_model(tmp_path / 'm.onnx').path, Memory([frame]), tmp_path / 'out')
+    assert [row['frame_id'] for row in per_frame(tmp_path / 'out')] == ['caf\\udce9']
+
+
+def test_without_masks_every_figure_is_null_with_the_reason(tmp_path: Path) -> None:
+    """The sections have the keys of a run with masks; ``metrics`` has a reason for no times."""
+    model = identity_model(tmp_path / 'm.onnx').path
+    frame = labelled_frame(0)
+    full = evaluate(model, Memory([frame]), tmp_path / 'full', save_scores=True)
+    bare = evaluate(model, Memory([replace(frame, anomaly_mask=None)]), tmp_path / 'bare')
+
+    def check(section: dict[str, Any], like: dict[str, Any]) -> None:
+        assert section.keys() == like.keys()
+        assert section['reason']
+        assert not any(value for key, value in section.items()
+                       if key != 'reason' and not isinstance(value, dict))
+
+    for name in ('pixel', 'components'):
+        check(bare[name], full[name])
+    assert bare['compat'].keys() == full['compat'].keys()
+    for name in ('caos_per_image', 's2m', 'relis'):
+        check(bare['compat'][name], full['compat'][name])
+    for name in ('pixel', 'components'):
+        check(bare['compat']['smiyc'][name], full['compat']['smiyc'][name])
+    stored = metrics_of_stored(tmp_path / 'full' / 'scores', tmp_path / 'full' / 'masks',
+                               tmp_path / 'stored')
+    assert stored['latency_ms'] == {'end_to_end': None, 'frames': None, 'dropped': None,
+                                    'reason': 'score maps hold no times'}
+
+
+def test_an_interrupt_says_where_the_scores_are(tmp_path: Path) -> None:
+    """Ctrl-C brings the command for what was computed until then, with the set's track."""
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    source = Memory([labelled_frame(index) for index in range(3)])
+    source.track = 'obstacle'
+    with pytest.raises(KeyboardInterrupt, match=(
+            r"2 frames so far are kept.*metrics '.*/an out/scores' .*--track obstacle")):
+        evaluate(identity_model(tmp_path / 'm.onnx').path, source, tmp_path / 'an out',
+                 progress=interrupt)

@@ -6,13 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from anomaly_seg_ros.bags import make_bag, read_bag
+from anomaly_seg_ros.bags import make_bag, read_bag, ResultBag
 from anomaly_seg_ros.datasets import open_dataset, VideoFile
+from anomaly_seg_ros.demo import write_pictures
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate
 from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.replay import replay, ReplayOptions
+from cards import device_model, identity_model
 import cv2
 import numpy as np
 import pytest
@@ -103,6 +105,93 @@ def test_result_bag_holds_the_camera_image(tiny_model: Path, small_benchmark: Pa
                        image_topic='/anomaly_seg/input/image')
     for index, frame in enumerate(results):
         np.testing.assert_array_equal(frame.image_rgb, source[index].image_rgb)
+
+
+def test_a_bag_is_scored_as_the_set_it_was_made_from(tmp_path: Path) -> None:
+    """Its track and the classes of its labels travel along; an option goes before them."""
+    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    (tmp_path / 'set').mkdir()
+    for name, pixels in ('leftImg8bit', image), ('gtFine_labelTrainIds', image[..., 0] % 3):
+        cv2.imwrite(str(tmp_path / 'set' / f'x_{name}.png'), pixels)
+    labelled = open_dataset('cityscapes', tmp_path / 'set')
+    make_bag(labelled, tmp_path / 'labelled')
+    model = identity_model(tmp_path / 'm.onnx').path
+    metrics = replay(tmp_path / 'labelled', model, tmp_path / 'out')
+    assert 'cityscapes' in metrics['segmentation']['reason']
+    assert figures(metrics) == figures(evaluate(model, labelled, tmp_path / 'evaluate'))
+
+    for name in ('images', 'labels_masks'):
+        (tmp_path / 'obstacles' / name).mkdir(parents=True)
+    cv2.imwrite(str(tmp_path / 'obstacles' / 'images' / 'validation_1.png'), image)
+    mask = np.zeros((24, 40), np.uint8)
+    mask[:12, 20:] = 1
+    cv2.imwrite(str(tmp_path / 'obstacles' / 'labels_masks' /
+                    'validation_1_labels_semantic.png'), mask)
+    obstacles = open_dataset('road_obstacle_21', tmp_path / 'obstacles')
+    make_bag(obstacles, tmp_path / 'bag')
+    metrics = replay(tmp_path / 'bag' / 'bag.mcap', model, tmp_path / 'out')
+    assert metrics['components']['track'] == 'obstacle'
+    assert figures(metrics) == figures(evaluate(model, obstacles, tmp_path / 'evaluate'))
+    metrics = replay(tmp_path / 'bag', model, tmp_path / 'out', ReplayOptions(track='anomaly'))
+    assert metrics['components']['track'] == 'anomaly'
+
+
+def test_no_bag_is_lost_to_the_results(tmp_path: Path, small_benchmark: Path) -> None:
+    """Neither the bag that is replayed, nor one of somebody else's of the same name."""
+    model = identity_model(tmp_path / 'm.onnx').path
+    bag = tmp_path / 'mine' / 'result_bag'
+    make_bag(open_dataset('road_anomaly_21', small_benchmark), bag)
+    (tmp_path / 'mine' / '.anomaly_seg_run').touch()
+    for path in (bag, bag / 'result_bag.mcap'):
+        with pytest.raises(UserError, match=r'would be lost(.|\n)*--output'):
+            replay(path, model, tmp_path / 'mine')
+    (tmp_path / 'mine' / '.anomaly_seg_run').unlink()
+    make_bag(open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'bag')
+    with pytest.raises(UserError, match=r'result_bag: is there already'):
+        replay(tmp_path / 'bag', model, tmp_path / 'mine')
+    assert len(read_bag(bag)) == 5
+
+
+def test_results_of_an_older_run_do_not_stay_beside_new_ones(
+        tmp_path: Path, small_benchmark: Path) -> None:
+    """A run without result bag, and evaluate, clear what replay had left."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    make_bag(source, tmp_path / 'bag')
+    model, out = identity_model(tmp_path / 'm.onnx').path, tmp_path / 'out'
+
+    def bags() -> list[str]:
+        return sorted(path.name for path in out.iterdir() if path.is_dir())
+
+    for again in (lambda: replay(tmp_path / 'bag', model, out, ReplayOptions(result_topics=())),
+                  lambda: evaluate(model, source, out)):
+        replay(tmp_path / 'bag', model, out, ReplayOptions(result_topics=('labels',)))
+        (out / 'result_bag').rename(out / 'result_bag.incomplete')
+        replay(tmp_path / 'bag', model, out, ReplayOptions(result_topics=('labels',)))
+        assert bags() == ['result_bag']
+        again()
+        assert bags() == []
+
+
+def test_pictures_of_an_older_drive_are_removed(tmp_path: Path) -> None:
+    """The demo's pictures are those of its own frames."""
+    grey = np.full((48, 64), 7, np.uint8)
+    (tmp_path / 'pictures').mkdir()
+    (tmp_path / 'pictures' / 'frame_099.png').touch()
+    with ResultBag(tmp_path / 'bag') as bag:
+        for stamp_ns in (1, 2):
+            bag.write(stamp_ns, 'camera', image_rgb=np.dstack([grey] * 3), labels=grey,
+                      anomaly_u8=grey, overlay=np.dstack([grey] * 3))
+    paths = write_pictures(tmp_path / 'bag', tmp_path / 'pictures', [(0, 0, 0)] * 19, count=2)
+    assert sorted((tmp_path / 'pictures').iterdir()) == sorted(paths)
+
+
+def test_frames_a_device_model_does_not_take_are_named(tmp_path: Path,
+                                                       small_benchmark: Path) -> None:
+    """The camera's size changes in the bag: the frame, and what was scored before it."""
+    make_bag(open_dataset('road_anomaly_21', small_benchmark), tmp_path / 'bag')
+    with pytest.raises(UserError, match=r'frame 1: .*96x160, got 80x128(.|\n)*1 frames so far'):
+        replay(tmp_path / 'bag', device_model(tmp_path / 'm.onnx', (96, 160)).path,
+               tmp_path / 'out')
 
 
 def test_realtime_needs_the_node(tiny_model: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def full_metrics():
         'compat': {'smiyc': {'pixel': {'average_precision': 0.4099, 'reason': None},
                              'components': {'mean_f1': 0.119, 'reason': None}},
                    'caos_per_image': {'auroc': 0.9, 'reason': None},
+                   's2m': {'raw': {'mean_f1': 0.25}, 'reason': None},
                    'relis': {'ece': None, 'reason': 'needs class probabilities'}},
         'segmentation': {'miou': 0.7123, 'accuracy': 0.9671, 'pixels': 10, 'reason': None,
                          'iou_by_class': dict(zip(
@@ -139,6 +140,7 @@ def test_headlines_tables_and_run_are_there(page):
                  'recall at FPR 0.01 0.2500', 'F1 at tau 0.75 0.0100',
                  'network 180.0 190.0 195.5 200.0', 'prr: no wrong label',
                  'SegmentMeIfYouCan, components mean F1 over tau 0.1190',
+                 'raw mean F1 over score thresholds 0.2500',
                  'relis: not applicable (n/a): needs class probabilities',
                  "anomaly-seg evaluate 'my model.onnx'", 'model sha256 ' + 'ab' * 32,
                  'input size, height x width 512 x 1024', 'anomaly_seg_ros 9.8.7',
@@ -338,6 +340,7 @@ def test_captions_say_what_a_row_holds():
                           'positives': 3, 'obstacles': 1, 'score_max': -1.234}) == (
         'AP 0.500, 1.5 % of the pixels anomalous, 1 obstacle found, highest score -1.23')
     assert frame_caption({'frame_id': 'x'}) == ''
+    assert frame_caption({'pixels': 200, 'positives': 200}) == '100 % of the pixels anomalous'
 
 
 def test_an_unknown_kind_of_frame_is_refused():

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from anomaly_seg_ros.commands.options import (
-    backend_options, DATASET, dataset_source, FILE, metrics_options, obstacle_options,
-    obstacle_settings, OUT, print_metrics, print_path, progress_bar, require)
+    backend_options, DATASET, dataset_source, FILE, FiniteRange, metrics_options,
+    obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar, require)
 import click
 from rich.table import Table
 
@@ -112,9 +112,10 @@ def datasets_command() -> None:
 @click.option('--output', type=FILE, required=True, help='Folder for the comparison.')
 @click.option('--resamples', type=click.IntRange(100), default=10000, show_default=True,
               help='Resamples of the paired bootstrap over frames.')
-@click.option('--level', type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.95,
+@click.option('--level', type=FiniteRange(0, 1, min_open=True, max_open=True), default=0.95,
               show_default=True, help='Level of the confidence intervals.')
-@click.option('--seed', type=int, default=0, show_default=True, help='Seed of the bootstrap.')
+@click.option('--seed', type=click.IntRange(0), default=0, show_default=True,
+              help='Seed of the bootstrap.')
 @click.option('--common-frames', is_flag=True, help='Compare only the frames all runs share.')
 def compare_command(runs: tuple[Path, ...], output: Path, resamples: int, level: float,
                     seed: int, common_frames: bool) -> None:

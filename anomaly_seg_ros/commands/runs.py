@@ -21,6 +21,7 @@ from rich.text import Text
 @click.option('--model', type=FILE, help='Model file. Default: the bundled one.')
 def demo(output: Path, frames: int, seed: int, model: Path | None) -> None:
     """Synthetic drive -> bag -> the real node over DDS -> metrics, latency, report."""
+    require('ros', 'rclpy')
     from anomaly_seg_ros.demo import run_demo
     with progress_bar() as progress:
         result = run_demo(output, frames=frames, seed=seed, model=model, progress=progress)
@@ -93,11 +94,14 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
 @click.option('--realtime', is_flag=True,
               help='With --through-node: at the pace of the bag; drops are counted.')
 @click.option('--image-topic', help='Topic of the images. Default: the only one.')
-@click.option('--ground-truth-topic', help='Topic of the anomaly masks (mono8: 0, 1, 255).')
+@click.option('--ground-truth-topic',
+              help='Topic of the anomaly masks (mono8: 0, 1, 255); "none" leaves masks and '
+                   'labels aside.')
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
 @click.option('--save-scores', is_flag=True, help='Keep score maps and masks as .npy.')
-@click.option('--track', type=click.Choice(['anomaly', 'obstacle']), default='anomaly',
-              show_default=True, help='Sizes of the component metrics.')
+@click.option('--track', type=click.Choice(['anomaly', 'obstacle']),
+              help='Sizes of the component metrics. Default: those of the recorded data set, else '
+                   'anomaly.')
 @click.option('--storage', type=click.Choice(['mcap', 'sqlite3']), default='mcap',
               show_default=True, help='Storage format of the result bag.')
 @click.option('--result-topics', metavar='LIST',
@@ -107,10 +111,11 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
 @obstacle_options
 def replay_command(bag: Path, model: Path | None, output: Path, through_node: bool,
                    realtime: bool, image_topic: str | None, ground_truth_topic: str | None,
-                   limit: int | None, save_scores: bool, track: str, storage: str,
+                   limit: int | None, save_scores: bool, track: str | None, storage: str,
                    result_topics: str, backend: str, threads: int, threshold: float | None,
                    minimum_area_px: int, region: str) -> None:
     """Run every frame of BAG through the pipeline or the live node; score and record it."""
+    from anomaly_seg_ros.bags import NO_TOPIC
     from anomaly_seg_ros.replay import replay, ReplayOptions, RESULT_TOPICS
     topics = () if result_topics == 'none' else tuple(result_topics.split(','))
     unknown = [name for name in topics if name not in RESULT_TOPICS]
@@ -119,11 +124,14 @@ def replay_command(bag: Path, model: Path | None, output: Path, through_node: bo
                                f'{", ".join(RESULT_TOPICS)}, or none')
     if realtime and not through_node:
         raise click.UsageError('--realtime needs --through-node; offline every frame is answered')
+    if through_node:
+        require('ros', 'rclpy')
     model = bundled_model() if model is None else model
     options = ReplayOptions(
         backend=backend, threads=threads, through_node=through_node, realtime=realtime,
         settings=obstacle_settings(model, threshold, minimum_area_px, region),
-        image_topic=image_topic, ground_truth_topic=ground_truth_topic, limit=limit,
+        image_topic=image_topic, ground_truth_topic=ground_truth_topic,
+        labels_topic=NO_TOPIC if ground_truth_topic == NO_TOPIC else None, limit=limit,
         save_scores=save_scores, storage=storage, result_topics=topics, track=track)
     with progress_bar() as progress:
         metrics = replay(bag, model, output, options, progress=progress)

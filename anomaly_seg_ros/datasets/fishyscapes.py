@@ -21,11 +21,11 @@ class FsLostAndFound(PairedDataset):
     Fishyscapes Lost & Found: 100 frames of Lost & Found with new, finer masks.
 
     The masks come from Fishyscapes, the images from the Lost & Found data set; the masks say
-    which images count.
+    which images count. Component sizes are those of the anomaly track, by which
+    road-anomaly-benchmark scores it (FishyLAFAnomaly-val).
     """
 
     name = 'fs_lost_and_found'
-    track = 'obstacle'
     source = ('https://fishyscapes.com/dataset (fishyscapes_lostandfound.zip) and the '
               'Lost & Found data set (leftImg8bit.zip)')
     layouts = (

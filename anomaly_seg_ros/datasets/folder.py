@@ -23,7 +23,7 @@ anomaly:                # code in the mask -> in-distribution, anomaly or void
   0: in-distribution
   1: anomaly
   255: void
-labels:                 # code -> train id, 255 unlabelled; may be left out, as may anomaly
+labels:                 # code -> class id, 255 unlabelled; may be left out, as may anomaly
   0: 0
   1: 255
   255: 255
@@ -34,6 +34,7 @@ class LabelledFolder(PairedDataset):
     """Images and masks of your own; ``dataset.yaml`` in the folder says what the codes mean."""
 
     name = 'folder'
+    class_set = None
 
     def __init__(self, root: Path | str, *, config: Path | str | None = None,
                  split: str | None = None, keep_going: bool = False) -> None:

@@ -120,6 +120,7 @@ class Found:
 class PairedDataset(FrameSource):
     """Base of the adapters; subclasses fill in the class attributes."""
 
+    class_set: str | None = 'cityscapes'
     #: Splits in the order in which they are tried when none is asked for; empty: no splits.
     splits: ClassVar[tuple[str, ...]] = ()
     #: Layouts in the order in which they are tried.

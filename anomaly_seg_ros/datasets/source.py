@@ -22,6 +22,8 @@ class FrameSource(ABC):
     problems: tuple[str, ...] = ()
     #: Component sizes by which it is scored: ``anomaly`` or ``obstacle`` (SegmentMeIfYouCan).
     track: str = 'anomaly'
+    #: Whose ids the labels are, a key of ``classes.CLASS_SETS``; None: those of the model.
+    class_set: str | None = None
 
     @property
     @abstractmethod

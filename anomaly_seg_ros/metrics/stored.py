@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 import logging
 import multiprocessing
 import os
@@ -37,7 +37,8 @@ import numpy.typing as npt
 HISTOGRAM_BINS = 100
 CURVE_POINTS = 2000
 NO_TRACK = 'no track: give anomaly or obstacle to set the component sizes'
-NO_PROBABILITIES = 'needs class probabilities and labels, not score maps'
+_NO_RELIS = {'ece': None, 'adaptive_ece': None, 'ks': None, 'prr': None,
+             'reason': 'needs class probabilities and labels, not score maps'}
 
 Progress = Callable[[int, int], None]
 
@@ -123,7 +124,7 @@ class StoredScores:
             if array.ndim != 2:
                 raise UserError(f'{path}: must have shape (H, W), got {array.shape}. Store one '
                                 'frame a file, without batch or channel axes.')
-        check_frame(scores, mask, str(scores_path))
+        check_frame(scores, mask, f'{scores_path} with {mask_path}')
         return ScoredFrame(frame_id, scores, mask.astype(np.uint8, copy=False))
 
 
@@ -231,10 +232,23 @@ class ScoreMetrics:
                           'components': asdict(self.compat.smiyc_components)},
                 'caos_per_image': asdict(self.compat.caos_per_image),
                 's2m': asdict(self.compat.s2m),
-                'relis': {'ece': None, 'adaptive_ece': None, 'ks': None, 'prr': None,
-                          'reason': NO_PROBABILITIES},
+                'relis': dict(_NO_RELIS),
             }
         return sections
+
+
+def null_sections(reason: str) -> dict[str, Any]:
+    """Return the sections of ``ScoreMetrics.as_json`` where there is nothing to score."""
+    def nulls(kind: type[PixelMetrics | SmiycPixelMetrics | CaosMetrics | S2mMetrics]
+              ) -> dict[str, Any]:
+        return {each.name: None for each in fields(kind)} | {'reason': reason}
+
+    components = asdict(ComponentMetrics.not_applicable(reason))
+    return {
+        'pixel': nulls(PixelMetrics), 'components': components,
+        'compat': {'smiyc': {'pixel': nulls(SmiycPixelMetrics), 'components': components},
+                   'caos_per_image': nulls(CaosMetrics), 's2m': nulls(S2mMetrics),
+                   'relis': dict(_NO_RELIS)}}
 
 
 def score_metrics(source: ScoreSource, *, track: str | None, workers: int = 1,

@@ -51,6 +51,8 @@ class SyntheticDrive(FrameSource):
 
     """
 
+    class_set = 'cityscapes'
+
     def __init__(self, seed: int, frames: int = 60, size_hw: tuple[int, int] = (720, 1280),
                  anomalies: bool = True, rate_hz: float = 10.0,
                  weather: str | None = None) -> None:
