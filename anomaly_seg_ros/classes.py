@@ -53,6 +53,8 @@ def label_ids(classes: Sequence[str], class_set: str | None) -> npt.NDArray[np.u
     if class_set is not None:
         names, own = ([name.strip().lower().replace('_', ' ') for name in each]
                       for each in (CLASS_SETS[class_set], classes))
+        if own == [f'label {index}' for index in range(len(names))]:
+            return table  # what transformers calls classes without names: taken as these
         if sorted(names) != sorted(own):
             raise UserError(
                 f'the labels are those of {class_set} ({len(names)} classes), the model has '

@@ -379,6 +379,10 @@ def test_labels_are_compared_only_with_the_same_classes(tmp_path: Path) -> None:
     metrics = evaluate(turned, Memory(train_ids, 'cityscapes'), tmp_path / 'turned')
     assert metrics['segmentation']['accuracy'] == 1
     assert metrics['segmentation']['iou_by_class']['Bicycle'] == 1
+    unnamed = identity_model(tmp_path / 'unnamed.onnx', palette=((0, 0, 0),) * 19,
+                             classes=tuple(f'LABEL_{index}' for index in range(19))).path
+    metrics = evaluate(unnamed, Memory(frames, 'cityscapes'), tmp_path / 'unnamed')
+    assert metrics['segmentation']['accuracy'] == 1
 
 
 def test_an_msp_that_is_no_probability_costs_the_calibration_only(tmp_path: Path) -> None:

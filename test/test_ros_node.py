@@ -235,6 +235,16 @@ def test_outputs_without_subscribers_are_not_published_and_the_network_pauses(
                     what='answer without pause')
 
 
+def test_a_simulated_clock_that_nobody_publishes_is_a_warning(model: Path) -> None:
+    """Ages are meaningless then; frames are answered all the same."""
+    with NodeRun({**FAST, 'model': str(model), 'use_sim_time': True}, outputs=('labels',)) as run:
+        driver = Driver(run)
+        driver.answer(make_frame(1))
+        found = driver.fresh()
+        assert found['node.level'] == '1'
+        assert found['node'] == 'use_sim_time is set, but no time comes on /clock'
+
+
 def test_who_listens_for_fallbacks_only_is_told(model: Path) -> None:
     """The network does not pause for a subscriber of ~/output/fallback alone."""
     parameters = {**FAST, 'model': str(model), 'fallback_mask': True, 'stale_input_s': 60.0}

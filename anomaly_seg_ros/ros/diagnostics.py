@@ -305,6 +305,8 @@ class NodeState:
         Its resolved name.
     paused
         Whether the network pauses because nobody subscribes.
+    has_time
+        Whether the node's clock runs: a simulated one needs somebody who publishes it.
 
     """
 
@@ -318,6 +320,7 @@ class NodeState:
     publishers: int = 0
     input_topic: str = ''
     paused: bool = False
+    has_time: bool = True
 
 
 @dataclass(frozen=True)
@@ -377,6 +380,8 @@ def _node(snapshot: Snapshot, state: NodeState) -> Status:
         findings.add(ERROR, state.error)
     elif state.lifecycle == 'unconfigured':
         findings.add(WARN, 'not configured')
+    if not state.has_time:
+        findings.add(WARN, 'use_sim_time is set, but no time comes on /clock')
     if masks := snapshot.new_events['fallback_masks']:
         findings.add(WARN, f'{masks} fallback masks published')
     if errors := snapshot.new_events['callback_errors']:

@@ -380,7 +380,8 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             model_note=note, swap=self._swap.report, swap_failed=self._swap.failed,
             subscribed=subscribed, publishers=self.count_publishers(self._input_topic()),
             input_topic=self._input_topic(),
-            paused=not subscribed and self._settings.pause_without_subscribers)
+            paused=not subscribed and self._settings.pause_without_subscribers,
+            has_time=self.get_clock().now().nanoseconds > 0)
 
     def _input_topic(self) -> str:
         return self.resolve_topic_name(INPUT_TOPIC)
