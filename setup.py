@@ -57,7 +57,7 @@ setup(
     ],
     python_requires='>=3.10',
     # What a vehicle needs, and no more. rclpy comes from ROS. simplejpeg (libjpeg-turbo) notices
-    # damage inside a JPEG, which OpenCV passes over.
+    # a JPEG whose code is broken, where OpenCV fills up with grey.
     install_requires=[
         'numpy>=1.24', 'opencv-python-headless>=4.6', 'onnxruntime>=1.18', 'rosbags>=0.11',
         'simplejpeg>=1.7', 'pyyaml>=6', 'click>=8', 'rich>=13'],

@@ -8,9 +8,11 @@ Nothing is guessed: a message that contradicts itself raises :class:`BadImage`.
 """
 
 import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+import re
 import struct
 from typing import Any, Protocol
 
@@ -20,6 +22,12 @@ import numpy as np
 
 # Larger than any camera; a corrupt header asks for more.
 MAX_PIXELS = 1 << 28
+# More than any encoder writes (a colour profile of 16 MB takes 255); damaged data may have more.
+_MAX_JPEG_SEGMENTS = 4096
+# Fill bytes may come before a marker; in entropy-coded data 0xFF is followed by 0x00, by a restart
+# marker, or by the marker that ends the scan. (Without the +, the second one is searched fast.)
+_JPEG_MARKER = re.compile(rb'\xff+([^\x00\xff])')
+_JPEG_SCAN_END = re.compile(rb'\xff([^\x00\xd0-\xd7\xff])')
 
 
 class BadImage(ValueError):
@@ -62,6 +70,12 @@ class DecodedImage:
         if self.channel_order == 'bgr':
             return cv2.cvtColor(self.array, cv2.COLOR_BGR2RGB)
         return np.ascontiguousarray(self.array)
+
+
+@dataclass(frozen=True)
+class _JpegFrame:
+    size_hw: tuple[int, int]
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -136,9 +150,7 @@ def message_array(message: ImageMessage) -> np.ndarray:
     if height <= 0 or width <= 0:
         raise BadImage(f'image must be at least 1x1 pixel, got {width}x{height}. '
                        'Check that the camera delivers frames.')
-    if height * width > MAX_PIXELS:
-        raise BadImage(f'image must have at most {MAX_PIXELS} pixels, got {width}x{height}. '
-                       'The message is corrupt or not an image.')
+    _check_pixels(height, width)
     if channels == 2 and width % 2:
         raise BadImage(f'{encoding} image must have an even width, got {width}. '
                        'Set an even width in the camera driver.')
@@ -178,26 +190,10 @@ def image_from_message(message: ImageMessage, buffer: Memory | None = None) -> D
 
     """
     pixels = message_array(message)
-    layout = _LAYOUTS.get(message.encoding)
-    if layout is None:
+    if message.encoding not in _LAYOUTS:
         raise BadImage(f'{message.encoding} is not a camera image; expected one of '
                        f'{", ".join(ENCODINGS)}. Remap the input to the camera image topic.')
-    size_hw = (pixels.shape[0], pixels.shape[1])
-    bayer = 'Bayer' in layout.to_rgb
-    if bayer and min(size_hw) < 3:
-        raise BadImage(f'{message.encoding} image must be at least 3x3 pixels, got '
-                       f'{size_hw[1]}x{size_hw[0]}.')
-    # Interpolation between the pixels of a Bayer pattern comes before rounding.
-    if layout.dtype == 'u2' and not bayer:
-        pixels = (pixels // 257).astype(np.uint8)
-    elif layout.dtype == 'u2':
-        pixels = pixels.astype(np.uint16)
-    if layout.to_rgb:
-        into = None if buffer is None or pixels.dtype != np.uint8 else buffer.array((*size_hw, 3))
-        pixels = cv2.cvtColor(pixels, getattr(cv2, layout.to_rgb), dst=into)
-    if pixels.dtype == np.uint16:
-        pixels = (pixels // 257).astype(np.uint8)
-    return DecodedImage(pixels, layout.order, size_hw)
+    return _colour_image(pixels, message.encoding, buffer)
 
 
 def decode_message(message: Any, reduce_to_hw: tuple[int, int] | None = None,
@@ -234,10 +230,11 @@ def decode_compressed(data: Any, image_format: str,
     """
     Decode the data of a sensor_msgs/msg/CompressedImage, wholly or not at all.
 
-    A cut-off JPEG raises. With ``simplejpeg`` installed (libjpeg-turbo in strict mode, the same
-    pixels as OpenCV's) damage inside a JPEG raises too and decoding takes about half the time;
-    OpenCV alone fills what is missing with grey, so without it only a missing end is noticed.
-    EXIF rotation is ignored: pixels stay where the camera put them.
+    Cut-off data raises. Damage inside a JPEG raises only where it breaks the code: the format has
+    no checksum, and most single flipped bits give other pixels unnoticed. ``simplejpeg``
+    (libjpeg-turbo in strict mode, the same pixels as OpenCV's, in about half the time) notices
+    what breaks the code; OpenCV alone fills what is missing with grey, so without it only a
+    missing end is noticed. EXIF rotation is ignored: pixels stay where the camera put them.
 
     Parameters
     ----------
@@ -245,13 +242,17 @@ def decode_compressed(data: Any, image_format: str,
         The encoded bytes: any buffer.
     image_format
         The message's ``format`` field, for example ``jpeg`` or ``rgb8; jpeg compressed bgr8``.
-        The data's own signature decides how it is decoded.
+        The data's own signature decides how it is decoded. One channel of a Bayer encoding
+        (``bayer_rggb8; png compressed ``) is the mosaic and becomes colour, unless the field says
+        that the publisher made it grey (``bayer_rggb8; jpeg compressed mono8``).
     reduce_to_hw
         (height, width) that the network needs: a JPEG is then decoded at a half, a quarter or an
         eighth of its size as long as it stays at least that large and no part of a pixel is left
-        over. Faster, but not the same pixels as full decoding and later resizing.
+        over. Faster, but not the same pixels as full decoding and later resizing. A mosaic is
+        never reduced.
     buffer
-        Where simplejpeg is to put the pixels; the result is then valid until its next use.
+        Where the pixels of a JPEG (with simplejpeg) or of a mosaic are to be put; the result is
+        then valid until its next use.
 
     Returns
     -------
@@ -261,7 +262,8 @@ def decode_compressed(data: Any, image_format: str,
     Raises
     ------
     BadImage
-        If the data is empty, cut off, damaged or not JPEG, PNG or WebP.
+        If the data is empty, cut off, damaged, larger than MAX_PIXELS (checked before anything is
+        allocated), a depth image, or not JPEG, PNG or WebP.
 
     """
     try:
@@ -269,17 +271,33 @@ def decode_compressed(data: Any, image_format: str,
     except (TypeError, ValueError, BufferError) as error:
         raise BadImage('compressed image data must be a buffer of bytes, got '
                        f'{type(data).__name__}: {error}') from error
-    if 'compressedDepth' in image_format:
+    if 'compressedDepth' in image_format or _encoding(image_format) in _DATA_LAYOUTS:
         raise BadImage(f'format {image_format!r} is a depth image. Remap the input to the '
                        'compressed topic of the colour camera.')
-    head = encoded[:16].tobytes()
+    mosaic = _mosaic_encoding(image_format)
+    head = encoded[:26].tobytes()
     if head[:3] == b'\xff\xd8\xff':
-        return _decode_jpeg(encoded, reduce_to_hw, buffer)
-    if head[:8] == b'\x89PNG\r\n\x1a\n' or (head[:4] == b'RIFF' and head[8:12] == b'WEBP'):
-        pixels = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        frame = _jpeg_frame(encoded)
+        _check_pixels(*frame.size_hw)
+        if not mosaic or frame.channels != 1:
+            return _decode_jpeg(encoded, frame.size_hw, reduce_to_hw, buffer)
+        if mosaic.endswith('16'):
+            raise BadImage(f'JPEG ({image_format!r}) cannot hold 16 bits: the publisher cut them '
+                           'off. Set its format to png, or the camera driver to 8 bits.')
+        grey = _decode_jpeg(encoded, frame.size_hw, None, None).array
+        return _colour_image(np.ascontiguousarray(grey[..., 0]), mosaic, buffer)
+    png = head[:8] == b'\x89PNG\r\n\x1a\n'
+    if png or (head[:4] == b'RIFF' and head[8:12] == b'WEBP'):
+        size_hw = encoded_size_hw(encoded.tobytes())
+        _check_pixels(*size_hw)
+        one_channel = bool(mosaic) and png and head[25] == 0
+        flag = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH if one_channel else cv2.IMREAD_COLOR
+        pixels = cv2.imdecode(encoded, flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if pixels is None:
             raise BadImage(f'compressed image of {encoded.size} bytes ({image_format!r}) is cut '
                            'off or damaged. Check the publisher or the recording.')
+        if one_channel:
+            return _colour_image(pixels, mosaic, buffer)
         return DecodedImage(pixels, 'bgr', (pixels.shape[0], pixels.shape[1]))
     raise BadImage(f'compressed image must be JPEG, PNG or WebP, got {encoded.size} bytes '
                    f'starting with {head[:8].hex() or "nothing"} (format {image_format!r}). '
@@ -296,13 +314,14 @@ def encoded_size_hw(data: bytes) -> tuple[int, int]:
         If the data is none of these, has no size, or ends before the format's end marker.
 
     """
-    remedy = 'The file is cut off or damaged.'
+    remedy = 'The data is cut off or damaged.'
     if data[:3] == b'\xff\xd8\xff':
-        if data.rfind(b'\xff\xd9') < 0:
+        encoded = np.frombuffer(data, np.uint8)
+        if not _is_whole_jpeg(encoded):
             raise BadImage(f'JPEG of {len(data)} bytes has no end marker. {remedy}')
-        return _jpeg_size_hw(np.frombuffer(data, np.uint8))
+        return _jpeg_frame(encoded).size_hw
     if data[:8] == b'\x89PNG\r\n\x1a\n':
-        if data.rfind(b'IEND\xaeB`\x82') < 0:
+        if not _is_whole_png(data):
             raise BadImage(f'PNG of {len(data)} bytes has no end chunk. {remedy}')
         width, height = struct.unpack_from('>II', data, 16)
         return height, width
@@ -335,9 +354,54 @@ def message_data(pixels: np.ndarray) -> 'array.array[int]':
     return data
 
 
-def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None,
-                 buffer: Memory | None) -> DecodedImage:
-    size_hw = _jpeg_size_hw(encoded)
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(f'image must have at most {MAX_PIXELS} pixels, got {width}x{height}. '
+                       'The data is corrupt or not a camera image.')
+
+
+def _colour_image(pixels: np.ndarray, encoding: str, buffer: Memory | None) -> DecodedImage:
+    """Convert pixels of an encoding in ENCODINGS to 8-bit colour."""
+    layout = _LAYOUTS[encoding]
+    size_hw = (pixels.shape[0], pixels.shape[1])
+    bayer = 'Bayer' in layout.to_rgb
+    if bayer and min(size_hw) < 3:
+        raise BadImage(f'{encoding} image must be at least 3x3 pixels, got '
+                       f'{size_hw[1]}x{size_hw[0]}.')
+    # Interpolation between the pixels of a Bayer pattern comes before rounding.
+    if pixels.dtype.itemsize == 2 and not bayer:
+        pixels = (pixels // 257).astype(np.uint8)
+    elif pixels.dtype.itemsize == 2:
+        pixels = pixels.astype(np.uint16)
+    if layout.to_rgb:
+        into = None if buffer is None or pixels.dtype != np.uint8 else buffer.array((*size_hw, 3))
+        pixels = cv2.cvtColor(pixels, getattr(cv2, layout.to_rgb), dst=into)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels // 257).astype(np.uint8)
+    return DecodedImage(pixels, layout.order, size_hw)
+
+
+def _encoding(image_format: str) -> str:
+    """Return what image_transport puts first: the encoding of the image it compressed."""
+    return image_format.partition(';')[0].strip()
+
+
+def _mosaic_encoding(image_format: str) -> str:
+    """
+    Return the Bayer encoding of the compressed pixels, or nothing.
+
+    image_transport's format field is ``ENCODING; jpeg compressed TARGET``. TARGET is what the
+    image was converted to before (for a Bayer JPEG mono8, unless told otherwise); nothing (PNG,
+    and JPEG in ROS 1) or ENCODING itself mean the mosaic as it came.
+    """
+    encoding = _encoding(image_format)
+    target = image_format.partition('compressed')[2].strip()
+    bayer = encoding in _LAYOUTS and 'Bayer' in _LAYOUTS[encoding].to_rgb
+    return encoding if bayer and target in ('', encoding) else ''
+
+
+def _decode_jpeg(encoded: np.ndarray, size_hw: tuple[int, int],
+                 reduce_to_hw: tuple[int, int] | None, buffer: Memory | None) -> DecodedImage:
     factor = 1
     if reduce_to_hw is not None:
         for candidate in (2, 4, 8):
@@ -357,9 +421,7 @@ def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None,
             raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}). '
                            'Check the publisher or the recording.') from error
         return DecodedImage(pixels, 'bgr', size_hw)
-    # Padding after the end marker is allowed; nothing before it can look like one, because
-    # entropy-coded 0xFF bytes are always followed by 0x00 or a restart marker.
-    if encoded.tobytes().rfind(b'\xff\xd9') < 0:
+    if not _is_whole_jpeg(encoded):
         raise BadImage(f'JPEG of {encoded.size} bytes is cut off: no end marker. '
                        'Check the publisher or the recording.')
     flag = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4,
@@ -371,27 +433,74 @@ def _decode_jpeg(encoded: np.ndarray, reduce_to_hw: tuple[int, int] | None,
     return DecodedImage(decoded, 'bgr', size_hw)
 
 
-def _jpeg_size_hw(encoded: np.ndarray) -> tuple[int, int]:
-    """Read (height, width) from the start-of-frame segment (ITU-T T.81, B.2.2)."""
-    position = 2
-    while position + 9 <= encoded.size:
-        if encoded[position] != 0xff:
-            break
-        marker = int(encoded[position + 1])
-        if marker == 0xff:
-            position += 1
-            continue
+def _jpeg_segments(encoded: np.ndarray) -> Iterator[tuple[int, int]]:
+    """
+    Yield each marker (ITU-T T.81, B.1) and the position behind it, where its segment begins.
+
+    Thumbnails lie inside segments and are passed over. Ends behind the picture's end marker, or
+    at what cannot be a segment.
+    """
+    data = encoded.data
+    position, find = 2, _JPEG_MARKER.match
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        found = find(data, position)
+        if found is None:
+            return
+        marker, position = found[1][0], found.end()
+        yield marker, position
+        length = int.from_bytes(data[position:position + 2], 'big')
+        # Below 0xC0 all are reserved; 0xD0 to 0xD9 have no segment.
+        if marker < 0xc0 or 0xd0 <= marker <= 0xd9 or length < 2:
+            return
+        position += length
+        find = _JPEG_SCAN_END.search if marker == 0xda else _JPEG_MARKER.match
+
+
+def _jpeg_frame(encoded: np.ndarray) -> _JpegFrame:
+    """Read the start-of-frame segment (ITU-T T.81, B.2.2)."""
+    for marker, position in _jpeg_segments(encoded):
         if 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
-            height, width = (int(encoded[position + at]) << 8 | int(encoded[position + at + 1])
-                             for at in (5, 7))
-            if height and width:
-                return height, width
+            if position + 8 <= encoded.size:
+                height, width, channels = struct.unpack_from('>HHB', encoded.data, position + 3)
+                if height and width:
+                    return _JpegFrame((height, width), channels)
             break
-        if marker in (0x01, *range(0xd0, 0xda)):
+        if marker == 0xda:
             break
-        position += 2 + (int(encoded[position + 2]) << 8 | int(encoded[position + 3]))
     raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged: no frame header. '
                    'Check the publisher or the recording.')
+
+
+def _is_whole_jpeg(encoded: np.ndarray) -> bool:
+    """
+    Return whether an end marker follows the picture's own scans.
+
+    The end marker of a thumbnail is not it, nor that of a next frame behind a picture cut off.
+    Padding behind the end marker is allowed.
+    """
+    scanned = False
+    for marker, _ in _jpeg_segments(encoded):
+        if marker == 0xd9:
+            return scanned
+        scanned = scanned or marker == 0xda
+    return False
+
+
+def _is_whole_png(data: bytes) -> bool:
+    """
+    Return whether the chunks (ISO/IEC 15948, 5.3) lead from IHDR to IEND.
+
+    OpenCV takes memory for a chunk's length, up to 4 GB, before it sees that the data is shorter.
+    """
+    position = 8
+    if data[12:16] != b'IHDR':
+        return False
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from('>I4s', data, position)
+        position += 12 + length
+        if kind == b'IEND':
+            return position <= len(data)
+    return False
 
 
 @cache

@@ -2,6 +2,7 @@
 """Image messages: every encoding against rosbags-image, and messages that cannot be right."""
 
 import array
+import time
 from types import SimpleNamespace
 
 from anomaly_seg_ros import images
@@ -219,8 +220,8 @@ def test_no_half_read_images(picture: np.ndarray, ending: str, strict: bool,
             encoded_size_hw(data[:end])
 
 
-def test_damage_inside_a_jpeg_is_noticed(picture: np.ndarray,
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_that_breaks_the_code_of_a_jpeg_is_noticed(
+        picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     use_strict(monkeypatch, True)
     data = encode(picture, '.jpg')
     for broken in (data[:len(data) // 2] + b'\xff\xd9',
@@ -234,6 +235,108 @@ def test_grey_jpeg_becomes_colour(picture: np.ndarray) -> None:
     image = decode_compressed(encode(grey, '.jpg'), 'mono8; jpeg compressed mono8')
     assert image.array.shape == (203, 301, 3)
     np.testing.assert_array_equal(image.array[..., 0], image.array[..., 2])
+
+
+@pytest.mark.parametrize('encoding', [e for e in ENCODINGS if e.startswith('bayer')])
+def test_a_compressed_mosaic_becomes_the_same_colour_as_a_raw_one(encoding: str) -> None:
+    message = make_message(encoding)
+    expected = image_from_message(message).rgb()
+    png = cv2.imencode('.png', message_array(message))[1]
+    buffer = Memory(np.uint8)
+    image = decode_compressed(png, f'{encoding}; png compressed ', (3, 4), buffer)
+    np.testing.assert_array_equal(image.rgb(), expected)
+    assert image.full_size_hw == (12, 16)
+    assert encoding.endswith('16') or np.shares_memory(image.array, buffer.array((12, 16, 3)))
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_a_mosaic_as_jpeg(picture: np.ndarray, strict: bool,
+                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """image_transport says what it made of the mosaic; that decides, as do the channels."""
+    use_strict(monkeypatch, strict)
+    mosaic = np.ascontiguousarray(picture[:200, :296, 0])
+    grey = encode(mosaic, '.jpg')
+    pixels = cv2.imdecode(np.frombuffer(grey, np.uint8), cv2.IMREAD_GRAYSCALE)
+    raw = SimpleNamespace(height=200, width=296, encoding='bayer_gbrg8', step=296, data=pixels,
+                          is_bigendian=0)
+    for target in ('', 'bayer_gbrg8'):
+        image = decode_compressed(grey, f'bayer_gbrg8; jpeg compressed {target}', (10, 10))
+        np.testing.assert_array_equal(image.rgb(), image_from_message(raw).rgb())
+    image = decode_compressed(grey, 'bayer_gbrg8; jpeg compressed mono8')
+    np.testing.assert_array_equal(image.rgb(), np.repeat(pixels[..., None], 3, axis=2))
+    for ending in ('.jpg', '.png'):
+        colour = encode(picture, ending)
+        image = decode_compressed(colour, f'bayer_gbrg8; {ending[1:]} compressed ')
+        np.testing.assert_array_equal(image.array, decode_compressed(colour, 'jpeg').array)
+    with pytest.raises(BadImage, match='cannot hold 16 bits'):
+        decode_compressed(grey, 'bayer_gbrg16; jpeg compressed ')
+
+
+def thumbnail_segment(picture: np.ndarray) -> bytes:
+    """Return an EXIF segment with a whole JPEG in it."""
+    content = b'Exif\0\0II*\0\x08\0\0\0' + bytes(6)
+    content += encode(cv2.resize(picture, (64, 48)), '.jpg')
+    return b'\xff\xe1' + (len(content) + 2).to_bytes(2, 'big') + content
+
+
+@pytest.mark.parametrize('strict', [True, False])
+@pytest.mark.parametrize('progressive', [0, 1])
+def test_another_pictures_end_marker_does_not_count(
+        picture: np.ndarray, progressive: int, strict: bool,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    use_strict(monkeypatch, strict)
+    plain = cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive,
+                                           cv2.IMWRITE_JPEG_RST_INTERVAL, 2])[1].tobytes()
+    data = plain[:2] + thumbnail_segment(picture) + plain[2:]
+    for whole in (data, data + bytes(100), data + plain):
+        np.testing.assert_array_equal(decode_compressed(whole, 'jpeg').array,
+                                      decode_compressed(plain, 'jpeg').array)
+        assert encoded_size_hw(whole) == (203, 301)
+    for end in (len(data) // 2, len(data) - 200, len(data) - 2):
+        for cut in (data[:end], data[:end] + bytes(100), data[:end] + plain):
+            with pytest.raises(BadImage, match='cut off'):
+                decode_compressed(cut, 'jpeg')
+            with pytest.raises(BadImage, match='no end marker'):
+                encoded_size_hw(cut)
+
+
+def test_a_header_that_asks_for_too_much_is_refused_before_memory_is_taken(
+        picture: np.ndarray) -> None:
+    def patched(data: bytes, marker: bytes, offset: int, size: bytes) -> bytes:
+        at = data.index(marker) + offset
+        return data[:at] + size + data[at + len(size):]
+
+    jpeg, png = encode(picture, '.jpg'), encode(picture, '.png')
+    extended = b'VP8X' + (10).to_bytes(4, 'little') + bytes(4) + b'\xff\xff\0' * 2
+    buffer = Memory(np.uint8)
+    for data in (patched(jpeg, b'\xff\xc0', 5, b'\xff' * 4),
+                 patched(png, b'IHDR', 4, b'\0\0\xff\xff' * 2),
+                 b'RIFF' + (len(extended) + 4).to_bytes(4, 'little') + b'WEBP' + extended):
+        with pytest.raises(BadImage, match='at most 268435456 pixels, got 655'):
+            decode_compressed(data, 'bayer_rggb8', None, buffer)
+        with pytest.raises(BadImage, match='at most 268435456 pixels, got 655'):
+            decode_compressed(data, 'jpeg', None, buffer)
+    first = buffer.array((1, 1))
+    assert (first.base if first.base is not None else first).nbytes == 1
+
+
+def test_a_png_chunk_longer_than_the_data_never_reaches_opencv(picture: np.ndarray) -> None:
+    """It would take 4 GB for that chunk."""
+    data = encode(picture, '.png')
+    at = data.index(b'IDAT') - 4
+    broken = data[:at] + b'\xff\0\0\0' + data[at + 4:]
+    for attempt in (lambda: decode_compressed(broken, 'png'), lambda: encoded_size_hw(broken)):
+        with pytest.raises(BadImage, match='no end chunk'):
+            attempt()
+    decode_compressed(data + b'more', 'png')
+
+
+def test_endless_jpeg_headers_end_soon() -> None:
+    began = time.perf_counter()
+    for content in (b'\xff' * 10_000_000, b'\xff\xe0\0\2' * 2_500_000, b'\xff\xe0\0\0' * 9):
+        with pytest.raises(BadImage, match='no frame header'):
+            decode_compressed(b'\xff\xd8' + content, 'jpeg')
+    assert time.perf_counter() - began < 1.0
 
 
 def test_exif_rotation_is_ignored(picture: np.ndarray) -> None:
@@ -250,6 +353,9 @@ def test_exif_rotation_is_ignored(picture: np.ndarray) -> None:
     (b'', 'jpeg', 'got 0 bytes starting with nothing'),
     (b'GIF89a' + bytes(100), 'gif', 'must be JPEG, PNG or WebP'),
     (b'\x89PNG\r\n\x1a\n' + bytes(50), '16UC1; compressedDepth png', 'depth image'),
+    (cv2.imencode('.png', np.ones((4, 4), np.uint16))[1], '16UC1; png compressed ', 'depth image'),
+    (cv2.imencode('.png', np.ones((4, 4), np.uint16))[1], '32FC1; png compressed', 'depth image'),
+    (b'\x89PNG\r\n\x1a\nIEND\xaeB`\x82', 'png', 'cut off'),
     ('text', 'jpeg', 'buffer of bytes'),
 ])
 def test_other_data_is_refused(data: object, image_format: str, text: str) -> None:

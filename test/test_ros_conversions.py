@@ -57,36 +57,76 @@ def project(matrix: np.ndarray, point: np.ndarray) -> np.ndarray:
     return u[:2] / u[2]
 
 
-def test_camera_info_of_the_same_size_is_copied() -> None:
+def camera_info(roi: tuple[int, int, int, int] = (0, 0, 0, 0),
+                binning: tuple[int, int] = (0, 0)) -> CameraInfo:
+    """Return a camera of 640x480; ``roi`` is x, y, width, height and ``binning`` x, y."""
     info = CameraInfo(height=480, width=640, distortion_model='plumb_bob', d=[0.1, 0.2, 0, 0, 0])
-    info.k = [400.0, 0, 320, 0, 410, 240, 0, 0, 1]
-    info.p = [400.0, 0, 320, -40, 0, 410, 240, 0, 0, 0, 1, 0]
-    info.header.frame_id = 'old'
-    copied = rescaled_camera_info(info, header(), (480, 640))
-    assert copied.header == header() and info.header.frame_id == 'old'
+    info.k = [400.0, 0, 320.25, 0, 410, 240.75, 0, 0, 1]
+    info.p = [400.0, 0, 320.25, -40, 0, 410, 240.75, 7, 0, 0, 1, 0]
+    info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = roi
+    info.binning_x, info.binning_y = binning
+    return info
+
+
+def image_geometry(info: CameraInfo) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Return K, P and size (width, height) of the image, as PinholeCameraModel has them."""
+    k, p = np.reshape(info.k, (3, 3)).copy(), np.reshape(info.p, (3, 4)).copy()
+    offsets = (info.roi.x_offset, info.roi.y_offset)
+    size = (info.roi.width, info.roi.height)
+    if (*offsets, *size) == (0, 0, 0, 0):
+        size = (info.width, info.height)
+    binning = (max(info.binning_x, 1), max(info.binning_y, 1))
+    for matrix in (k, p):
+        for axis in (0, 1):
+            matrix[axis, 2] -= offsets[axis]
+            matrix[axis] /= binning[axis]
+    return k, p, (size[0] // binning[0], size[1] // binning[1])
+
+
+@pytest.mark.parametrize(('roi', 'binning', 'size_hw'), [
+    ((0, 0, 0, 0), (0, 0), (480, 640)),
+    ((0, 0, 0, 0), (1, 1), (480, 640)),
+    ((0, 0, 0, 0), (2, 3), (160, 320)),
+    ((0, 0, 0, 0), (3, 1), (480, 213)),
+    ((64, 48, 320, 240), (0, 0), (240, 320)),
+    ((64, 48, 321, 240), (2, 2), (120, 160)),
+    ((0, 0, 640, 480), (0, 2), (240, 640)),
+    ((0, 0, 100, 480), (1000, 1), (480, 640)),
+])
+def test_camera_info_of_this_image_is_only_given_the_header(roi, binning, size_hw) -> None:
+    """Also with a region of interest, with binning, and where it describes no image at all."""
+    info = camera_info(roi, binning)
+    copied = rescaled_camera_info(info, header(), size_hw)
     info.header = header()
     assert copied == info
+    width, height = image_geometry(copied)[2]
+    assert (height, width) == size_hw or width == 0
 
 
-def test_camera_info_of_another_size_projects_onto_the_same_spot() -> None:
+@pytest.mark.parametrize(('roi', 'binning'), [
+    ((0, 0, 0, 0), (0, 0)), ((0, 0, 0, 0), (2, 3)), ((64, 48, 320, 240), (0, 0)),
+    ((64, 48, 321, 240), (2, 2)), ((0, 0, 640, 480), (4, 4))])
+@pytest.mark.parametrize('size_hw', [(480, 639), (100, 90), (1, 1), (960, 1281)])
+def test_camera_info_of_another_size_projects_onto_the_same_spot(roi, binning, size_hw) -> None:
     """A point's place in the image, measured from its corner in image widths, stays."""
-    info = CameraInfo(height=480, width=640, distortion_model='plumb_bob', d=[0.1, 0.2, 0, 0, 0])
-    info.k = [400.0, 1.5, 320.25, 0, 410, 240.75, 0, 0, 1]
-    info.p = [400.0, 0, 320.25, -40, 0, 410, 240.75, 7, 0, 0, 1, 0]
-    info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = 64, 48, 320, 240
-    small = rescaled_camera_info(info, header(), (120, 320))
-    point = np.array([0.3, -0.2, 2.0])
-    before = (project(np.reshape(info.k, (3, 3)), point) + 0.5) / (640, 480)
-    after = (project(np.reshape(small.k, (3, 3)), point) + 0.5) / (320, 120)
-    np.testing.assert_allclose(after, before, rtol=1e-12)
-    point4 = np.append(point, 1.0)
-    before = (project(np.reshape(info.p, (3, 4)), point4) + 0.5) / (640, 480)
-    after = (project(np.reshape(small.p, (3, 4)), point4) + 0.5) / (320, 120)
-    np.testing.assert_allclose(after, before, rtol=1e-12)
-    assert list(small.d) == list(info.d)
-    assert (small.roi.x_offset, small.roi.y_offset, small.roi.width, small.roi.height) \
-        == (32, 12, 160, 60)
-    assert info.roi.x_offset == 64
+    info = camera_info(roi, binning)
+    k, p, size = image_geometry(info)
+    scaled = rescaled_camera_info(info, header(), size_hw)
+    new_k, new_p, new_size = image_geometry(scaled)
+    assert new_size == size_hw[::-1] and (scaled.height, scaled.width) == size_hw
+    point = np.array([0.3, -0.2, 2.0, 1.0])
+    for old, new, at in ((k, new_k, point[:3]), (p, new_p, point)):
+        np.testing.assert_allclose((project(new, at) + 0.5) / new_size,
+                                   (project(old, at) + 0.5) / size, rtol=1e-12)
+    assert scaled.header == header() and list(scaled.d) == list(info.d)
+    assert (info.roi.width, info.binning_x, info.height) == (roi[2], binning[0], 480)
+    assert rescaled_camera_info(scaled, header(), size_hw) == scaled
+
+
+def test_an_uncalibrated_camera_stays_uncalibrated() -> None:
+    scaled = rescaled_camera_info(CameraInfo(height=480, width=640, binning_x=2), header(),
+                                  (100, 100))
+    assert not np.any(scaled.k) and not np.any(scaled.p)
 
 
 def test_frame_report_carries_the_frame_header() -> None:

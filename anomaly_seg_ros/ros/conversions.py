@@ -11,7 +11,7 @@ from anomaly_seg_ros.model_file import ModelCard
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 import numpy as np
 from rclpy.node import Node
-from sensor_msgs.msg import CameraInfo, Image
+from sensor_msgs.msg import CameraInfo, Image, RegionOfInterest
 from std_msgs.msg import Header
 
 
@@ -58,35 +58,50 @@ def rescaled_camera_info(info: CameraInfo, header: Header,
     """
     Return ``info`` for an image of ``size_hw``, with ``header``.
 
-    Equal to ``info`` where the size is the same. Otherwise focal lengths and principal point are
-    scaled with half-pixel centres (the centre of the first pixel is at 0, its edge at -0.5), the
-    region of interest with them; distortion and rotation stay.
+    By the message's definition its size, K and P are those of the whole sensor at full resolution;
+    ``roi`` and ``binning`` say what the image shows of it: (roi or full size) // binning pixels.
+    Equal to ``info`` where the image has that size, or where that size is 0.
+
+    Otherwise (calibrated at another resolution, or the image was resized since) K and P are those
+    which image_geometry derives from roi and binning, scaled to ``size_hw`` with half-pixel
+    centres (the centre of the first pixel is at 0, its edge at -0.5). The result then describes
+    the image itself, without roi and binning; distortion and rotation stay.
     """
     result = copy.copy(info)
     result.header = header
-    height, width = size_hw
-    if (info.height, info.width) == size_hw or not info.height or not info.width:
+    described_hw = _described_size_hw(info)
+    if described_hw == size_hw or 0 in described_hw:
         return result
-    sy, sx = height / info.height, width / info.width
-    result.height, result.width = height, width
-    result.k = _scaled_matrix(info.k, 3, sx, sy)
-    result.p = _scaled_matrix(info.p, 4, sx, sy)
-    result.roi = copy.copy(info.roi)
-    result.roi.x_offset, result.roi.width = (
-        round(v * sx) for v in (info.roi.x_offset, info.roi.width))
-    result.roi.y_offset, result.roi.height = (
-        round(v * sy) for v in (info.roi.y_offset, info.roi.height))
+    scale_y, scale_x = (size / described
+                        for size, described in zip(size_hw, described_hw, strict=True))
+    axes = ((info.roi.x_offset, info.binning_x or 1, scale_x),
+            (info.roi.y_offset, info.binning_y or 1, scale_y))
+    result.height, result.width = size_hw
+    result.k = _reduced_matrix(info.k, 3, axes)
+    result.p = _reduced_matrix(info.p, 4, axes)
+    result.binning_x = result.binning_y = 0
+    result.roi = RegionOfInterest()
     return result
 
 
-def _scaled_matrix(values: Sequence[float], columns: int, sx: float, sy: float) -> list[float]:
-    """Scale a row-major camera matrix whose rows are x, y, 1."""
+def _described_size_hw(info: CameraInfo) -> tuple[int, int]:
+    """Return the size of the images that a CameraInfo is about; a roi of size 0 is the whole."""
+    roi = info.roi
+    height, width = (roi.height, roi.width) if roi.height or roi.width \
+        else (info.height, info.width)
+    return height // (info.binning_y or 1), width // (info.binning_x or 1)
+
+
+def _reduced_matrix(values: Sequence[float], columns: int,
+                    axes: Sequence[tuple[int, int, float]]) -> list[float]:
+    """Take offset, binning and scale of x and y into a row-major camera matrix (rows x, y, 1)."""
     matrix = np.array(values, np.float64).reshape(3, columns)
-    matrix[0] *= sx
-    matrix[1] *= sy
-    # x' = sx (x + 1/2) - 1/2; the third row says how much of a constant reaches x.
-    matrix[0] += (sx - 1) / 2 * matrix[2]
-    matrix[1] += (sy - 1) / 2 * matrix[2]
+    for row, (offset, binning, scale) in enumerate(axes):
+        # As image_geometry: the roi's corner is at 0, and binning keeps the first pixel's centre
+        # there. The third row says how much of a constant reaches x or y.
+        matrix[row] = (matrix[row] - offset * matrix[2]) / binning
+        # x' = scale (x + 1/2) - 1/2
+        matrix[row] = scale * matrix[row] + (scale - 1) / 2 * matrix[2]
     return [float(v) for v in matrix.ravel()]
 
 
