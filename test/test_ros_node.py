@@ -418,7 +418,9 @@ def test_a_model_that_does_not_load_is_told_by_the_client(tmp_path: Path) -> Non
 @pytest.mark.parametrize(('arguments', 'text'), [
     (['-p', 'treshold:=1.0'], 'unknown parameters treshold'),
     (['-p', 'threshold:=1'], 'write 1.0, not 1'),
-    (['-p', 'queue_size:=0'], 'queue_size'), (['--log-level', 'loud'], 'loud'),
+    (['-p', 'queue_size:=0'], 'queue_size'),
+    (['-p', 'fallback_flags:=[]'], 'An empty list'),
+    (['--log-level', 'loud'], 'loud'),
     (['-r', '~/input/image:=bad topic'], 'bad topic')])
 def test_wrong_parameters_end_the_node_with_2_and_a_sentence(arguments, text) -> None:
     result = subprocess.run(

@@ -57,8 +57,12 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             If a parameter is unknown or out of range.
 
         """
-        super().__init__('anomaly_seg', automatically_declare_parameters_from_overrides=True,
-                         **options)
+        try:
+            super().__init__('anomaly_seg', automatically_declare_parameters_from_overrides=True,
+                             **options)
+        except ValueError as error:
+            raise UserError(f'a parameter has a value that rclpy does not take: {error}. An empty '
+                            'list has no type in ROS; leave such a parameter out.') from error
         self._settings = declare_parameters(self)
         self._monitor = Monitor()
         self._worker: Worker | None = None
