@@ -43,6 +43,30 @@ def test_memory_stays_in_place() -> None:
     assert not np.shares_memory(memory.array((5, 6)), large)
 
 
+KEPT = """
+import os
+from anomaly_seg_ros.memory import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+def resident():
+    with open('/proc/self/statm') as stream:
+        return int(stream.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+pieces = [bytearray(b'x' * (1 << 20)) for _ in range(200)]
+pinned = pieces[-1]
+del pieces
+before = resident()
+give_back_freed_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="malloc_trim is glibc's")
+def test_freed_memory_is_given_back_on_demand() -> None:
+    """Also below a piece that is still in use."""
+    result = subprocess.run([sys.executable, '-c', KEPT], check=True, capture_output=True,
+                            text=True)
+    assert float(result.stdout) > 150
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason="mallopt is glibc's")
 def test_freed_memory_is_kept() -> None:
     """Large messages that come and go then cost no page faults."""

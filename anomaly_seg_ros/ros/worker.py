@@ -9,7 +9,7 @@ import traceback
 from typing import Any
 
 from anomaly_seg_ros.images import BadImage, decode_message
-from anomaly_seg_ros.memory import Memory
+from anomaly_seg_ros.memory import give_back_freed_memory, Memory
 from anomaly_seg_ros.pipeline import BadOutput, Detection
 from anomaly_seg_ros.quality import QualityChecker
 from anomaly_seg_ros.ros.diagnostics import Monitor
@@ -197,6 +197,8 @@ class Worker:
                 return
             old, self._model = self._model, model
         old.close()
+        del old
+        give_back_freed_memory()
         self._on_swapped(model)
 
     def _handle(self, arrival: Arrival) -> None:
