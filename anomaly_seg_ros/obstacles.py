@@ -78,7 +78,8 @@ class Obstacle:
 
 def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
                    labels: np.ndarray | None = None, drivable: Sequence[int] = (),
-                   out: np.ndarray | None = None) -> tuple[np.ndarray, tuple[Obstacle, ...]]:
+                   out: np.ndarray | None = None, rows: slice = slice(None)
+                   ) -> tuple[np.ndarray, tuple[Obstacle, ...]]:
     """
     Threshold a score map and keep the components that are obstacles.
 
@@ -95,6 +96,9 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
         Class ids a vehicle may drive on; needed for ``drivable``.
     out
         uint8 (H, W) to write the mask into.
+    rows
+        The rows that are looked at, see ``rows_to_search``; no score in the others may reach the
+        threshold.
 
     Returns
     -------
@@ -104,9 +108,13 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
 
     """
     mask = np.empty(anomaly.shape, np.uint8) if out is None else out
-    np.greater_equal(anomaly, _as_float32(settings.threshold), out=mask.view(bool))
-    np.negative(mask, out=mask)  # 1 becomes 255
-    runs = _find_runs(mask)
+    first, stop, _ = rows.indices(len(mask))
+    mask[:first] = 0
+    mask[stop:] = 0
+    searched = mask[first:stop]
+    np.greater_equal(anomaly[rows], _as_float32(settings.threshold), out=searched.view(bool))
+    np.negative(searched, out=searched)  # 1 becomes 255
+    runs = _find_runs(mask, first, stop)
     if not runs.length.size:
         return mask, ()
     count = int(runs.component.max()) + 1
@@ -125,6 +133,36 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
         np.put(mask, _pixels(runs.only(~keep), mask.shape[1]), 0)
     listed = kept[np.argsort(-area_px[kept], kind='stable')][:settings.maximum_count]
     return mask, tuple(_describe(listed, runs, anomaly))
+
+
+def rows_to_search(anomaly: np.ndarray, threshold: float, height: int) -> slice:
+    """
+    Return the rows in which a score can reach ``threshold`` after it was resized.
+
+    In most frames that is a part of the picture, which is found in the small map in no time.
+
+    Parameters
+    ----------
+    anomaly
+        float32 (h, w), finite, before it was resized bilinearly with half-pixel centres.
+    threshold
+        As in ``ObstacleSettings``.
+    height
+        Number of rows of the resized score.
+
+    """
+    # An interpolated score is at most the largest of those it lies between, but for rounding.
+    rounding = 1e-6 * float(np.abs(anomaly).max())
+    rows = np.flatnonzero(anomaly.max(axis=1) >= threshold - rounding)
+    if not len(rows):
+        return slice(0, 0)
+    if len(anomaly) == height:
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    # Row y lies at (y + 1/2) / scale - 1/2, between the row before and the row after that place.
+    scale = height / len(anomaly)
+    first = math.floor((rows[0] - 0.5) * scale - 0.5)
+    last = math.ceil((rows[-1] + 1.5) * scale - 0.5)
+    return slice(max(0, first), min(height, last + 1))
 
 
 def _as_float32(threshold: float) -> np.float32:
@@ -148,16 +186,19 @@ class _Runs:
         return _Runs(self.component[rows], self.x[rows], self.y[rows], self.length[rows])
 
 
-def _find_runs(mask: np.ndarray) -> _Runs:
+def _find_runs(mask: np.ndarray, first: int, stop: int) -> _Runs:
     """
     Split a mask (H, W) of 0 and 255 into runs and find which belong together, 8-connected.
+
+    Outside the rows from ``first`` to before ``stop`` it must be 0.
 
     There are far fewer runs than pixels: finding components, areas, boxes and centroids from them
     costs a fraction of OpenCV's functions, which visit every pixel and write an index image.
     Where there are many (a noisy score), OpenCV finds the components faster.
     """
-    begin, end = _flat_runs(mask.reshape(-1))
     width = mask.shape[1]
+    begin, end = _flat_runs(mask[first:stop].reshape(-1))
+    begin, end = begin + first * width, end + first * width
     y, last = begin // width, (end - 1) // width
     if (last > y).any():  # a run went on in the next row
         rows = last - y + 1

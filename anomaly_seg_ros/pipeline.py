@@ -16,7 +16,8 @@ import time
 from anomaly_seg_ros.backends.base import Backend
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.memory import Memory
-from anomaly_seg_ros.obstacles import find_obstacles, Obstacle, ObstacleSettings
+from anomaly_seg_ros.obstacles import (
+    find_obstacles, Obstacle, ObstacleSettings, rows_to_search)
 from anomaly_seg_ros.preprocess import check_image, Preprocessor
 from anomaly_seg_ros.resize import nearest_taps
 import cv2
@@ -142,8 +143,9 @@ class Pipeline:
                                         maps['labels'], maps['anomaly'])
         clock.append(time.perf_counter())
 
+        rows = rows_to_search(output.anomaly, self.settings.threshold, size_hw[0])
         mask, obstacles = find_obstacles(anomaly, self.settings, output.labels,
-                                         self.card.drivable, out=maps['mask'])
+                                         self.card.drivable, maps['mask'], rows)
         clock.append(time.perf_counter())
 
         stages_ms = {name: (after - before) * 1e3

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from unittest import mock
 
 from anomaly_seg_ros import obstacles
-from anomaly_seg_ros.obstacles import drivable_hull, find_obstacles, Obstacle, ObstacleSettings
+from anomaly_seg_ros.obstacles import (
+    drivable_hull, find_obstacles, Obstacle, ObstacleSettings, rows_to_search)
 import cv2
 from hypothesis import given, settings, strategies as st
 import numpy as np
@@ -63,6 +64,34 @@ def test_equals_the_reference(few_runs: int, seed: int, height: int, width: int,
     expected_mask, expected = reference(anomaly, 0.0, minimum)
     np.testing.assert_array_equal(mask, expected_mask)
     assert_same(got, expected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 24), st.integers(1, 12), st.integers(1, 70),
+       st.sampled_from([0.0, 1.0, 3.0]), st.sampled_from([1.0, -1e4]),
+       st.sampled_from([0.5, 0.9, 0.99, 1.0, 2.0]))
+def test_rows_to_search(seed: int, small: int, width: int, height: int, sigma: float,
+                        outlier: float, quantile: float) -> None:
+    """The rows that are not searched hold nothing; the others are found in the small map."""
+    score = blobs(seed, (small, width), sigma, 0.5)
+    score[seed % small, seed % width] *= outlier
+    resized = score if small == height else cv2.resize(score, (3 * width, height))
+    # Up to the highest score itself, and above it.
+    threshold = float(np.quantile(score, quantile) if quantile <= 1 else score.max() + 1)
+    rows = rows_to_search(score, threshold, height)
+    reached = np.flatnonzero((resized >= threshold).any(axis=1))
+    assert np.isin(reached, np.arange(height)[rows]).all()
+    # No more than what a tap that reaches it can influence, on either side.
+    near = np.flatnonzero(score.max(axis=1) >= threshold - 1e-6 * np.abs(score).max())
+    if not len(near):
+        assert rows == slice(0, 0)
+    elif height >= small:
+        assert rows.stop - rows.start <= (np.ptp(near) + 2) * height / small + 3
+    mask, got = find_obstacles(resized, ObstacleSettings(threshold, 2), rows=rows,
+                               out=np.full(resized.shape, 7, np.uint8))
+    expected_mask, expected = find_obstacles(resized, ObstacleSettings(threshold, 2))
+    np.testing.assert_array_equal(mask, expected_mask)
+    assert got == expected
 
 
 @pytest.mark.parametrize('fraction', [0.01, 0.5, 1.0])
