@@ -13,6 +13,7 @@ from anomaly_seg_ros.model_file import ModelCard, write_model_file
 from anomaly_seg_ros.ros.client import NodeClient, NodeRun
 import numpy as np
 import pytest
+from rclpy.task import Future
 
 INPUT_HW = (64, 128)
 # A frame whose upper left corner has this green value makes the network misbehave.
@@ -174,23 +175,33 @@ class Driver:
         self.wait(lambda: self.client.reports >= wanted, 10.0, 'diagnostics')
         return self.client.diagnostics
 
-    def call(self, name: str, kind: type, request: object, timeout_s: float = 20.0) -> object:
-        """Call a service of the node."""
+    def ask(self, name: str, kind: type, request: object) -> Future:
+        """Call a service of the node and return the future of its reply."""
         if name not in self._services:
             self._services[name] = self.client.node.create_client(kind, f'/anomaly_seg/{name}')
         service = self._services[name]
         self.wait(service.service_is_ready, 10.0, f'service {name}')
-        future = service.call_async(request)
+        return service.call_async(request)
+
+    def call(self, name: str, kind: type, request: object, timeout_s: float = 20.0) -> object:
+        """Call a service of the node and return its reply."""
+        future = self.ask(name, kind, request)
         self.wait(future.done, timeout_s, f'reply of {name}')
         return future.result()
 
-    def set_parameters(self, **values: object) -> str:
-        """Set parameters atomically; return the reason of a refusal, '' on success."""
+    def ask_for_parameters(self, **values: object) -> Future:
+        """Ask to set parameters atomically and return the future of the reply."""
         from rcl_interfaces.srv import SetParametersAtomically
         from rclpy.parameter import Parameter
         request = SetParametersAtomically.Request(parameters=[
             Parameter(name, value=value).to_parameter_msg() for name, value in values.items()])
-        result = self.call('set_parameters_atomically', SetParametersAtomically, request).result
+        return self.ask('set_parameters_atomically', SetParametersAtomically, request)
+
+    def set_parameters(self, **values: object) -> str:
+        """Set parameters atomically; return the reason of a refusal, '' on success."""
+        future = self.ask_for_parameters(**values)
+        self.wait(future.done, 20.0, f'reply to {values}')
+        result = future.result().result
         assert result.successful == (not result.reason)
         return str(result.reason)
 

@@ -364,6 +364,31 @@ def test_bad_models_change_nothing(model: Path, pipeline: Pipeline, tmp_path: Pa
         assert driver.fresh()['model.name'] == 'tiny'
 
 
+def test_frames_are_answered_while_a_model_is_read(model: Path, pipeline: Pipeline,
+                                                   tmp_path: Path) -> None:
+    """However long that takes; here the files are pipes at whose other end nobody writes yet."""
+    slow, never = tmp_path / 'slow.onnx', tmp_path / 'never.onnx'
+    os.mkfifo(slow)
+    os.mkfifo(never)
+    other = write_tiny_model(tmp_path / 'other.onnx', gain=2.0)
+    with NodeRun({**FAST, 'model': str(model)}, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        reply = driver.ask_for_parameters(model=str(slow))
+        for k in range(20):
+            check_recovered(driver, pipeline, k)
+        assert not reply.done()
+        slow.write_bytes(other.read_bytes())
+        driver.wait(reply.done, what='reply')
+        assert reply.result().result.successful, reply.result().result.reason
+        driver.wait(lambda: 'warm' in run.client.diagnostics['model.last_change'], what='load')
+        check_recovered(driver, offline(other))
+
+        reply = driver.ask_for_parameters(model=str(never))
+        check_recovered(driver, offline(other), 1)
+        assert not reply.done()
+        assert run.stop() == 0
+
+
 def test_a_model_that_does_not_open_is_given_up(model: Path, pipeline: Pipeline,
                                                 tmp_path: Path) -> None:
     """Whole by its digest, but card and graph disagree: found only while loading."""

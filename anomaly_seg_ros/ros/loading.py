@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model with its device, opened and warm, as the worker holds it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 import os
 from pathlib import Path
+import threading
 from typing import Any
 
 from anomaly_seg_ros.backends import Backend, open_backend
@@ -16,6 +18,7 @@ from anomaly_seg_ros.ros.parameters import NodeParameters
 import cv2
 
 BUNDLED_MODEL = 'models/demo.onnx'
+_MEANWHILE_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,35 @@ def read_model(path: str) -> ModelFile:
         return load_model_file(Path(path).expanduser())
     except RuntimeError as error:
         raise UserError(f'{path}: {error} Give the whole path.') from error
+
+
+def read_model_meanwhile(path: str, meanwhile: Callable[[], None],
+                         go_on: Callable[[], bool]) -> ModelFile:
+    """
+    Read a model file on a thread of its own and call ``meanwhile`` again and again until it is.
+
+    A large file, or storage that hangs, then does not stop what the caller's thread has to do.
+
+    Raises
+    ------
+    UserError
+        As ``read_model``, and if ``go_on`` says no before the file is read.
+
+    """
+    reading: Future[ModelFile] = Future()
+
+    def read() -> None:
+        try:
+            reading.set_result(read_model(path))
+        except BaseException as error:
+            reading.set_exception(error)
+
+    threading.Thread(target=read, name='anomaly_seg model reader', daemon=True).start()
+    while not wait([reading], _MEANWHILE_S).done:
+        if not go_on():
+            raise UserError(f'{path}: the node ends before it is read')
+        meanwhile()
+    return reading.result()
 
 
 def open_model(model: ModelFile, parameters: NodeParameters,

@@ -22,7 +22,8 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.ros.conversions import full_name, stamp_to_ns
 from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
 from anomaly_seg_ros.ros.inbox import Gate, Mailbox
-from anomaly_seg_ros.ros.loading import LoadedModel, open_model, read_model
+from anomaly_seg_ros.ros.loading import (
+    LoadedModel, open_model, read_model, read_model_meanwhile)
 from anomaly_seg_ros.ros.model_swap import ModelSwap
 from anomaly_seg_ros.ros.outputs import Outputs
 from anomaly_seg_ros.ros.parameters import declare_parameters, NAMES
@@ -255,6 +256,17 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             self._monitor.dropped('superseded' if self._settings.frame_policy == 'latest'
                                   else 'queue_full')
 
+    def _take_frame(self) -> None:
+        """Take a frame if there is one, as the executor does, while a callback occupies that."""
+        if not self._inputs or (self._settings.frame_policy == 'latest'
+                                and not self._mailbox.waiting):
+            return
+        images = self._inputs[0]
+        with images.handle:
+            taken = images.handle.take_message(images.msg_type, images.raw)
+        if taken is not None:
+            self._on_image(*taken)
+
     def _skipped(self, sequence_number: int | None) -> int:
         """Return how many frames the publisher sent since the last one that was taken."""
         if sequence_number is None:  # not every middleware numbers them
@@ -289,7 +301,8 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             if self._worker is None or self._swap.restoring:
                 return SetParametersResult(successful=True)
             if parameters.model != self._settings.model:
-                self._swap.check(read_model(parameters.model), self._worker, parameters)
+                model = read_model_meanwhile(parameters.model, self._take_frame, self.context.ok)
+                self._swap.check(model, self._worker, parameters)
             else:
                 self._swap.check_settings(self._worker, parameters)
         except (UserError, ValueError) as error:
