@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.bags import make_bag, read_bag
-from anomaly_seg_ros.evaluate import Progress
+from anomaly_seg_ros.evaluate import claim, Progress, RUN_FOLDERS
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.replay import replay, ReplayOptions
@@ -18,6 +18,9 @@ import cv2
 import numpy as np
 
 PICTURES = 4
+# As RUN_FOLDERS. The mark is the demo's own: a run of another command does not make a drive or
+# pictures beside it the demo's.
+_FOLDERS = {**RUN_FOLDERS, '.anomaly_seg_demo': ('drive', 'pictures')}
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,22 @@ def run_demo(output: Path | str, *, frames: int = 60, seed: int = 23,
     progress
         Called with (what, done, total).
 
+    Raises
+    ------
+    UserError
+        If the model cannot be read, or ``output`` has sub-folders of these names that no demo
+        made; nothing is written then. Else as ``replay``.
+
     """
     output = Path(output)
     bag = output / 'drive'
     model = resource('models/demo.onnx') if model is None else model
+    palette = load_model_file(model).card.palette
+    claim(output, _FOLDERS)
     drive = SyntheticDrive(seed=seed, frames=frames)
     make_bag(drive, bag, rate_hz=drive.rate_hz, overwrite=True)
     metrics = replay(bag, model, output, ReplayOptions(through_node=True), progress=progress)
-    write_pictures(output / 'result_bag', output / 'pictures',
-                   load_model_file(model).card.palette)
+    write_pictures(output / 'result_bag', output / 'pictures', palette)
     return DemoResult(bag, metrics)
 
 

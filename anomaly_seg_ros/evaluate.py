@@ -52,8 +52,11 @@ NO_LABELS = 'no frame has ground-truth labels'
 # The bag of replay's answers, in a folder of results.
 RESULT_BAG = 'result_bag'
 
-# In a folder of results: its sub-folders are this program's, so a new run may clear them.
-_MARK = '.anomaly_seg_run'
+# In a folder of results: what lies there for the time of a run, or to be kept.
+_FOLDERS = ('scores', 'masks', 'scores_unlabelled', '.thumbnails')
+_RESULT_BAGS = (RESULT_BAG, f'{RESULT_BAG}.incomplete')
+#: Mark -> sub-folders that are this program's where the mark lies: a new run may clear them.
+RUN_FOLDERS = {'.anomaly_seg_run': (*_FOLDERS, *_RESULT_BAGS)}
 
 _PICTURE_WIDTH = 640
 
@@ -156,10 +159,9 @@ class Recorder:
         self._card = card
         self._save_scores = save_scores
         self._track = track
-        self._scores = self.output / 'scores'
-        self._masks = self.output / 'masks'
-        self._unlabelled = self.output / 'scores_unlabelled'
-        self._thumbnails = self.output / '.thumbnails'
+        self._folders = tuple(self.output / name for name in _FOLDERS)
+        self._scores, self._masks, self._unlabelled, self._thumbnails = self._folders
+        self._result_bags = tuple(self.output / name for name in _RESULT_BAGS)
         self._rows: list[dict[str, Any]] = []
         self._latency: dict[str, list[float]] = {}
         self._confusion = ConfusionMatrix(card.classes)
@@ -175,19 +177,7 @@ class Recorder:
             self._no_segmentation = self._no_calibration = str(error)
         self._labelled = 0
         self._scored: list[str] = []
-        self._folders = (self._scores, self._masks, self._unlabelled, self._thumbnails)
-        self._result_bags = (self.output / RESULT_BAG, self.output / f'{RESULT_BAG}.incomplete')
-        mark = self.output / _MARK
-        strange = [] if mark.exists() else [
-            each for each in (*self._folders, *self._result_bags) if each.exists()]
-        if strange:
-            raise UserError(f'{strange[0]}: is there already and not from a run of this program. '
-                            'Choose another output folder; this one would be overwritten.')
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-        except OSError as error:
-            raise self._not_writable(error) from error
+        claim(self.output, RUN_FOLDERS)
 
     @property
     def frames(self) -> int:
@@ -313,11 +303,7 @@ class Recorder:
             for folder in self._folders:
                 folder.mkdir()
         except OSError as error:
-            raise self._not_writable(error) from error
-
-    def _not_writable(self, error: OSError) -> UserError:
-        return UserError(f'{error.filename or self.output}: cannot be written ({error.strerror}). '
-                         'Choose another output folder.')
+            raise _not_writable(self.output, error) from error
 
     def _finish(self, run: RunInfo, dropped: int, title: str, workers: int, ray: str | None,
                 progress: Progress | None) -> dict[str, Any]:
@@ -413,6 +399,43 @@ class Recorder:
         write_report(self.output / 'report.html', ReportData(
             title=title, metrics=metrics, curves=curves, frames=pictures,
             latency_ms=self._latency, reliability=reliability))
+
+
+def claim(folder: Path, owned: Mapping[str, Sequence[str]]) -> None:
+    """
+    Make sure that a run may write to ``folder`` and clear its sub-folders; leave the marks.
+
+    Parameters
+    ----------
+    folder
+        Folder for the results; made where it is missing.
+    owned
+        Mark -> sub-folders that only a run which leaves the mark writes.
+
+    Raises
+    ------
+    UserError
+        If there is such a sub-folder without its mark, and nothing is changed then; or if the
+        folder cannot be written.
+
+    """
+    for mark, names in owned.items():
+        strange = [] if (folder / mark).exists() else [
+            folder / name for name in names if (folder / name).exists()]
+        if strange:
+            raise UserError(f'{strange[0]}: is there already and not from a run of this program. '
+                            'Choose another output folder; this one would be overwritten.')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for mark in owned:
+            (folder / mark).touch()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(f'{error.filename or folder}: cannot be written ({error.strerror}). '
+                     'Choose another output folder.')
 
 
 def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,

@@ -8,7 +8,7 @@ from typing import Any
 
 from anomaly_seg_ros.bags import make_bag, read_bag, ResultBag
 from anomaly_seg_ros.datasets import open_dataset, VideoFile
-from anomaly_seg_ros.demo import write_pictures
+from anomaly_seg_ros.demo import run_demo, write_pictures
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate
 from anomaly_seg_ros.images import decode_message
@@ -183,6 +183,28 @@ def test_pictures_of_an_older_drive_are_removed(tmp_path: Path) -> None:
                       anomaly_u8=grey, overlay=np.dstack([grey] * 3))
     paths = write_pictures(tmp_path / 'bag', tmp_path / 'pictures', [(0, 0, 0)] * 19, count=2)
     assert sorted((tmp_path / 'pictures').iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize('theirs', ['drive/metadata.yaml', 'pictures/frame_000.png',
+                                    'result_bag/metadata.yaml'])
+def test_the_demo_writes_over_nothing_that_it_did_not_make(tmp_path: Path, theirs: str) -> None:
+    """Also in a folder that another command's run has marked; told before anything is there."""
+    out = tmp_path / 'out'
+    (out / theirs).parent.mkdir(parents=True)
+    (out / theirs).write_text('mine')
+    if 'result_bag' not in theirs:
+        (out / '.anomaly_seg_run').touch()
+    before = sorted(out.rglob('*'))
+    with pytest.raises(UserError, match='is there already and not from a run'):
+        run_demo(out, frames=2)
+    assert sorted(out.rglob('*')) == before
+    assert (out / theirs).read_text() == 'mine'
+
+
+def test_the_demo_reads_its_model_before_it_writes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'no\.onnx'):
+        run_demo(tmp_path / 'out', frames=2, model=tmp_path / 'no.onnx')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_frames_a_device_model_does_not_take_are_named(tmp_path: Path,
