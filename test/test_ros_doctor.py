@@ -9,6 +9,7 @@ import time
 
 import _needs_ros  # noqa: F401
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros import doctor
 from anomaly_seg_ros.ros.client import make_header, reserved_domain_id
@@ -101,6 +102,16 @@ def test_model(tmp_path: Path) -> None:
                                  'cpu', 'backend')):
         checks, run_s = doctor.check_model(path, backend, 1)
         assert (checks[-1].name, checks[-1].level, run_s) == (name, ERROR, None)
+
+
+def test_a_model_that_cannot_be_read_is_told_once(tmp_path: Path) -> None:
+    """In the words of the model file, with its own remedy."""
+    (tmp_path / 'broken.onnx').write_bytes(b'no model')
+    for name in ('absent.onnx', 'broken.onnx'):
+        with pytest.raises(UserError) as error:
+            load_model_file(tmp_path / name)
+        checks, _ = doctor.check_model(tmp_path / name, 'cpu', 1)
+        assert [check.message for check in checks] == [str(error.value)]
 
 
 def test_text() -> None:

@@ -67,9 +67,10 @@ def read_model(path: str) -> ModelFile:
     try:
         # A launch argument model:=~/net.onnx arrives as it is: the shell expands only words that
         # begin so.
-        return load_model_file(Path(path).expanduser())
+        whole = Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f'{path}: {error} Give the whole path.') from error
+    return load_model_file(whole)
 
 
 def read_model_meanwhile(path: str, meanwhile: Callable[[], None],
