@@ -77,13 +77,15 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         parameters=[value('params_file'), parameters],
         remappings=[('~/input/image', value('image')),
                     ('~/input/camera_info', value('camera_info'))])]
-    for argument, package, arguments in (
-            ('rviz', 'rviz2', ['-d', os.path.join(config, 'anomaly_seg.rviz')]),
-            ('foxglove', 'foxglove_bridge', [])):
+    # The camera in config/anomaly_seg.rviz; of a JPEG stream what the driver publishes beside it.
+    camera = [('/camera/image_raw', value('image').removesuffix('/compressed'))]
+    for argument, package, arguments, remappings in (
+            ('rviz', 'rviz2', ['-d', os.path.join(config, 'anomaly_seg.rviz')], camera),
+            ('foxglove', 'foxglove_bridge', [], [])):
         if boolean(argument, value(argument)):
             get_package_prefix(package)  # raises where it is not installed
             actions.append(Node(package=package, executable=package, name=package,
-                                arguments=arguments))
+                                arguments=arguments, remappings=remappings))
     return actions
 
 

@@ -17,6 +17,8 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
+# What config/anomaly_seg.rviz and config/foxglove_layout.json show as the camera.
+CAMERA = '/camera/image_raw'
 # name -> default, description; None: must be given.
 ARGUMENTS = {
     'bag': (None, 'The bag: folder or file.'),
@@ -25,7 +27,7 @@ ARGUMENTS = {
                   'load its model, else 0.'),
     'node': ('false', 'Run the node on the bag. A result bag holds its outputs already.'),
     'model': ('', 'Model file for the node; by default the bundled one.'),
-    'image': ('/camera/image_raw', 'Topic of the camera image in the bag.'),
+    'image': (CAMERA, 'Topic of the camera image in the bag; a result bag needs none.'),
     'rviz': ('true', 'Start rviz2 with config/anomaly_seg.rviz.'),
     'foxglove': ('false', 'Start foxglove_bridge; open config/foxglove_layout.json in the app.'),
 }
@@ -61,17 +63,21 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             launch_arguments=[('model', value['model']), ('image', value['image']),
                               ('use_sim_time', 'true'), ('rviz', 'false'),
                               ('foxglove', 'false')])]))
-    for argument, package, arguments in (
-            ('rviz', 'rviz2', ['-d', os.path.join(share, 'config', 'anomaly_seg.rviz')]),
-            ('foxglove', 'foxglove_bridge', [])):
+    for argument, package, arguments, remappings in (
+            ('rviz', 'rviz2', ['-d', os.path.join(share, 'config', 'anomaly_seg.rviz')],
+             [(CAMERA, value['image'].removesuffix('/compressed'))]),
+            ('foxglove', 'foxglove_bridge', [], [])):
         if boolean(argument, value[argument]):
             get_package_prefix(package)  # raises where it is not installed
             actions.append(Node(package=package, executable=package, name=package,
-                                arguments=arguments))
+                                arguments=arguments, remappings=remappings))
     delay = value['delay'] or ('3' if boolean('node', value['node']) else '0')
+    # A result bag has the camera's image where the node takes it, the viewers look for a camera.
+    remap = [] if boolean('node', value['node']) else [
+        '--remap', f'/anomaly_seg/input/image:={value["image"]}']
     return [*actions, ExecuteProcess(
         cmd=['ros2', 'bag', 'play', value['bag'], '--clock', '--rate', value['rate'],
-             '--delay', delay], output='screen')]
+             '--delay', delay, *remap], output='screen')]
 
 
 def boolean(name: str, text: str) -> bool:

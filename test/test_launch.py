@@ -14,6 +14,7 @@ from pathlib import Path
 import signal
 import subprocess
 import sys
+import time
 
 import _needs_ros  # noqa: F401
 from anomaly_seg_ros.ros.client import NodeClient, reserved_domain_id
@@ -192,14 +193,47 @@ def test_a_wrong_argument_is_told_before_anything_starts(prefix: Path, domain_id
     assert 'process started' not in text
 
 
+def stand_in(path: Path, said: Path) -> None:
+    """Write a program that only writes down its arguments."""
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\necho "$@" > {said}.part && mv {said}.part {said}\n')
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(('file', 'arguments', 'camera', 'played'), [
+    ('replay', ['bag:=b'], '/camera/image_raw',
+     '--remap /anomaly_seg/input/image:=/camera/image_raw'),
+    ('replay', ['bag:=b', 'node:=true', 'image:=/front/image_raw'], '/front/image_raw',
+     '--delay 3'),
+    ('anomaly_seg', ['rviz:=true', 'image:=/front/image_raw'], '/front/image_raw', None),
+    ('anomaly_seg', ['rviz:=true', 'image:=/f/image_raw/compressed'], '/f/image_raw', None)])
+def test_rviz_shows_the_camera(prefix: Path, domain_id: int, file: str, arguments: list[str],
+                               camera: str, played: str | None) -> None:
+    """With stand-ins for rviz2 and "ros2", which come with ROS as well."""
+    (prefix / 'share' / 'ament_index' / 'resource_index' / 'packages' / 'rviz2').touch()
+    stand_in(prefix / 'lib' / 'rviz2' / 'rviz2', prefix / 'shown')
+    stand_in(prefix / 'tools' / 'ros2', prefix / 'played')
+    process = launch(prefix, domain_id, *arguments, file=ROOT / 'launch' / f'{file}.launch.py',
+                     PATH=f'{prefix / "tools"}:{os.environ["PATH"]}')
+    expected = [prefix / 'shown', *([] if played is None else [prefix / 'played'])]
+    for _ in range(300):
+        if all(path.exists() for path in expected):
+            break
+        time.sleep(0.1)
+    text = finish(process)
+    assert all(path.exists() for path in expected), text
+    shown = expected[0].read_text()
+    assert f'-r /camera/image_raw:={camera}' in shown and 'config/anomaly_seg.rviz' in shown
+    if played is not None:
+        assert expected[1].read_text().strip().endswith(played)
+
+
 def test_the_replay_launch_file_plays_a_bag_through_the_node(prefix: Path,
                                                              domain_id: int) -> None:
     """With a stand-in for "ros2", which comes with ROS as well; the node is the real one."""
     model = write_tiny_model(prefix / 'tiny.onnx')
     tools = prefix / 'tools'
-    tools.mkdir()
-    (tools / 'ros2').write_text(f'#!/bin/sh\necho "$@" > {prefix}/played\n')
-    (tools / 'ros2').chmod(0o755)
+    stand_in(tools / 'ros2', prefix / 'played')
     process = launch(prefix, domain_id, 'bag:=/some/bag', 'node:=true', 'rviz:=false',
                      'rate:=2.0', f'model:={model}', file=ROOT / 'launch' / 'replay.launch.py',
                      PATH=f'{tools}:{os.environ["PATH"]}')
