@@ -19,6 +19,7 @@ from anomaly_seg_ros.classes import label_ids, UNLABELLED
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.extras import require
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.metrics.calibration import Calibration
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile, seal_model
@@ -135,6 +136,7 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
             and source[0].labels is not None
         temperature = 'fit' if fit else 'keep'
     if temperature != 'keep':
+        require('export', 'onnx', otherwise='keep the temperature: --temperature keep')
         try:
             check_logits(model_file, source[0].image_rgb)
         except UserError as error:

@@ -28,6 +28,7 @@ from anomaly_seg_ros.classes import label_ids
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.extras import how_to_install
 from anomaly_seg_ros.files import atomic_write, atomic_write_text
 from anomaly_seg_ros.metrics.calibration import (
     Calibration, CalibrationMetrics, IMAGE_STATISTICS, image_statistics)
@@ -577,8 +578,8 @@ def can_report() -> bool:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        LOG.warning('no report.html: %s is not installed; pip install "anomaly_seg_ros[report]". '
-                    'metrics.json and per_frame.csv are complete.', error.name)
+        LOG.warning('no report.html: %s is not installed; %s. metrics.json and per_frame.csv are '
+                    'complete.', error.name, how_to_install('report'))
         return False
     return True
 

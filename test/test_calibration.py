@@ -4,12 +4,14 @@
 from dataclasses import replace
 import logging
 from pathlib import Path
+import sys
 
 from anomaly_seg_ros import calibration
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.calibration import (
     _bare_graph, _Drawn, _LabelledPixels, _planes, best_f1, calibrate, CalibrationRequest,
     check_logits, minimise_nll, negative_log_likelihood, WeightedScores, with_temperature)
+from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
@@ -23,6 +25,7 @@ from anomaly_seg_ros.networks import NETWORKS
 from anomaly_seg_ros.pipeline import Pipeline
 from anomaly_seg_ros.preprocess import Preprocessor
 import cards
+from click.testing import CliRunner
 import cv2
 import numpy as np
 import onnx
@@ -209,6 +212,22 @@ def test_threshold_keeps_the_false_positive_rate(tiny_model: Path, small_benchma
             flagged += int((pipeline(frame.image_rgb).anomaly[known] >= card.threshold).sum())
             total += int(known.sum())
     assert 0.045 < flagged / total <= 0.05
+
+
+def test_onnx_is_needed_for_another_temperature_only(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vehicle, which has no onnx, sets its threshold by the command of the README."""
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    arguments = ['calibrate', tiny_model, '--dataset', 'road_anomaly_21', '--root',
+                 small_benchmark, '--output', tmp_path / 'out.onnx']
+    result = CliRunner().invoke(cli, [*map(str, arguments), '--temperature', '2'])
+    assert isinstance(result.exception, UserError)
+    assert 'this needs onnx' in str(result.exception)
+    assert '--temperature keep' in str(result.exception)
+    assert not (tmp_path / 'out.onnx').exists()
+    assert CliRunner().invoke(cli, [*map(str, arguments)]).exit_code == 0
+    assert load_model_file(tmp_path / 'out.onnx').card.threshold_source.startswith('calibrated')
 
 
 def test_rates_where_none_is_given(tiny_model: Path, small_benchmark: Path,

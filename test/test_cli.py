@@ -145,7 +145,7 @@ def test_without_ros_the_extra_is_named(arguments: list[str],
     monkeypatch.setitem(sys.modules, 'rclpy', None)
     result = CliRunner().invoke(cli, arguments)
     assert isinstance(result.exception, UserError)
-    assert 'anomaly_seg_ros[ros]' in str(result.exception)
+    assert 'pip install ".[ros]"' in str(result.exception)
 
 
 STOPPED = """
@@ -457,7 +457,7 @@ def test_image_ood_tells_a_domain_by_its_frames(tiny_model: Path, small_benchmar
 @pytest.mark.timeout(1200)
 def test_ray_gives_the_same_bits(tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
     """``--ray local`` on evaluate and metrics: every figure as without it."""
-    pytest.importorskip('ray', reason='ray is not installed: pip install anomaly_seg_ros[ray]')
+    pytest.importorskip('ray', reason='ray is not installed: pip install ".[ray]"')
     data = ['--dataset', 'road_anomaly_21', '--root', small_benchmark]
     for arguments in (
             ['evaluate', tiny_model, *data, '--output', tmp_path / 'a', '--save-scores'],
@@ -473,7 +473,7 @@ def test_ray_gives_the_same_bits(tiny_model: Path, small_benchmark: Path, tmp_pa
 
 def test_ray_address_without_a_cluster_fails_at_once(tmp_path: Path) -> None:
     """Nobody listens there: exit code 1 within seconds, with the address and what to do."""
-    pytest.importorskip('ray', reason='ray is not installed: pip install anomaly_seg_ros[ray]')
+    pytest.importorskip('ray', reason='ray is not installed: pip install ".[ray]"')
     for folder in ('scores', 'masks'):
         (tmp_path / folder).mkdir()
     np.save(tmp_path / 'scores' / 'x.npy', np.eye(8, dtype=np.float32))

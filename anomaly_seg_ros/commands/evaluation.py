@@ -7,7 +7,8 @@ from pathlib import Path
 
 from anomaly_seg_ros.commands.options import (
     backend_options, DATASET, dataset_source, FILE, FiniteRange, metrics_options,
-    obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar, require)
+    obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar)
+from anomaly_seg_ros.extras import require
 import click
 from rich.table import Table
 

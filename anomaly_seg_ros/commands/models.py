@@ -7,8 +7,9 @@ from typing import Any
 
 from anomaly_seg_ros.commands.options import (
     backend_options, CONSOLE, DATASET, dataset_source, FILE, FiniteFloat, FiniteRange, NETWORK,
-    OUT, progress_bar, require, SizeType, ThreeFloats)
+    OUT, progress_bar, SizeType, ThreeFloats)
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.extras import require
 import click
 from click.core import ParameterSource
 from rich.table import Table
@@ -208,8 +209,6 @@ def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
         request = CalibrationRequest(value, criterion, rate)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    if value != 'keep':
-        require('export', 'onnx')
     source = dataset_source(dataset, root, split, options)
     with progress_bar() as progress:
         card = calibrate(model, source, output, request, backend=backend, threads=threads,

@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from anomaly_seg_ros.errors import UserError
 import click
 from rich.console import Console
 from rich.table import Table
@@ -207,15 +206,6 @@ def print_metrics(metrics: dict[str, Any]) -> None:
 def print_path(path: Path) -> None:
     """Print where the results are, on one line."""
     OUT.print(f'\n{path}', highlight=False, markup=False, soft_wrap=True)
-
-
-def require(extra: str, *modules: str) -> None:
-    """Raise UserError unless the modules of an extra are installed."""
-    import importlib.util
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f'this command needs {", ".join(missing)}: '
-                        f'pip install "anomaly_seg_ros[{extra}]"')
 
 
 @contextmanager

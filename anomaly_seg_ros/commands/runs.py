@@ -7,7 +7,8 @@ from typing import Any
 
 from anomaly_seg_ros.commands.options import (
     backend_options, bundled_model, CONSOLE, DATASET, dataset_source, FILE,
-    obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar, require)
+    obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar)
+from anomaly_seg_ros.extras import require
 import click
 from rich.text import Text
 

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from anomaly_seg_ros.datasets.reading import read_codes
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.extras import how_to_install
 from anomaly_seg_ros.metrics.compat import (
     CaosMetrics, CaosPerImage, S2mCounts, S2mMetrics, SmiycPixel, SmiycPixelMetrics)
 from anomaly_seg_ros.metrics.components import ComponentCounts, ComponentMetrics, find_track
@@ -594,7 +595,7 @@ def _ray(address: str) -> Iterator[_Run]:
     try:
         import ray
     except ImportError as error:
-        raise UserError('ray is not installed; run pip install "anomaly_seg_ros[ray]"') from error
+        raise UserError(f'ray is not installed: {how_to_install("ray")}') from error
     own = not ray.is_initialized()
     if own:
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
