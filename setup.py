@@ -59,8 +59,9 @@ setup(
     # What a vehicle needs, and no more. rclpy comes from ROS. simplejpeg (libjpeg-turbo) notices
     # a JPEG whose code is broken, where OpenCV fills up with grey.
     install_requires=[
-        'numpy>=1.24', 'opencv-python-headless>=4.6', 'onnxruntime>=1.18', 'rosbags>=0.11',
-        'simplejpeg>=1.7', 'pyyaml>=6', 'click>=8', 'rich>=13'],
+        'numpy>=1.24', 'opencv-python-headless>=4.6', 'onnxruntime>=1.18', 'rosbags>=0.11.7',
+        'backports.zstd>=1; python_version < "3.14"', 'simplejpeg>=1.7', 'pyyaml>=6', 'click>=8',
+        'rich>=13'],
     extras_require=extras,
     zip_safe=True,
     entry_points={

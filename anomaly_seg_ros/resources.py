@@ -14,8 +14,8 @@ def resource(name: str) -> Path:
     """
     Return the path of a shipped file such as ``models/demo.onnx`` or ``config/fastdds.xml``.
 
-    Looked for in the source checkout (editable installs), then in each ROS prefix, then in the
-    Python environment's ``share``.
+    Looked for in the source checkout (editable installs), then in the ``share`` of the folder or
+    prefix that the code is installed in, of each ROS prefix and of the Python environment.
 
     Raises
     ------
@@ -24,8 +24,11 @@ def resource(name: str) -> Path:
 
     """
     share = Path('share') / PACKAGE
-    checkout = Path(__file__).resolve().parent.parent
+    code = Path(__file__).resolve()
+    checkout = code.parents[1]
     folders = [checkout] if (checkout / 'package.xml').is_file() else []
+    # Of pip install: --target FOLDER; --prefix and --user, code in lib/pythonX.Y/site-packages.
+    folders += [parent / share for parent in code.parents[1:5:3]]
     folders += [Path(prefix) / share
                 for prefix in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if prefix]
     folders += [Path(sysconfig.get_path('data')) / share]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the package promises about itself: light imports, equal versions, whole packaging."""
 
+import ast
+import os
 from pathlib import Path
 import re
 import subprocess
@@ -58,6 +60,56 @@ def test_versions_agree() -> None:
     xml = ElementTree.parse(ROOT / 'package.xml').getroot()
     assert xml.findtext('version') == anomaly_seg_ros.__version__
     assert f'\n{anomaly_seg_ros.__version__} (' in (ROOT / 'CHANGELOG.rst').read_text()
+
+
+# Module -> its name in package.xml and on PyPI, where it has another there.
+NAMES = {'cv2': ('python3-opencv', 'opencv-python-headless'), 'yaml': ('python3-yaml', 'pyyaml'),
+         'onnxruntime': ('python3-onnxruntime-pip', 'onnxruntime'),
+         'rosbags': ('python3-rosbags-pip', 'rosbags'),
+         'simplejpeg': ('python3-simplejpeg-pip', 'simplejpeg'),
+         **{name: (f'python3-{name}', name) for name in ('numpy', 'click', 'rich')}}
+ROS = {'rclpy', 'builtin_interfaces', 'diagnostic_msgs', 'rcl_interfaces', 'sensor_msgs',
+       'std_msgs', 'vision_msgs', 'ament_index_python', 'launch', 'launch_ros'}
+# Of extras, or (compression) of Python 3.14.
+OPTIONAL = {'torch', 'onnx', 'matplotlib', 'jinja2', 'h5py', 'tensorrt', 'cuda', 'transformers',
+            'safetensors', 'huggingface_hub', 'segmentation_models_pytorch', 'ray', 'openvino',
+            'compression'}
+
+
+def test_what_is_imported_is_declared_and_nothing_else() -> None:
+    """In package.xml for rosdep and in setup.py for pip."""
+    imported = set()
+    for path in (*PACKAGE.rglob('*.py'), *(ROOT / 'launch').glob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                imported.add(str(name).split('.')[0])
+    imported -= {*sys.stdlib_module_names, 'anomaly_seg_ros', *OPTIONAL}
+    # rosbags brings backports.zstd, which has no rosdep key.
+    assert imported == {*NAMES, *ROS, 'backports'}
+    xml = ElementTree.parse(ROOT / 'package.xml').getroot()
+    assert {each.text for each in xml.iter('exec_depend')} == {
+        *ROS, *(key for key, _ in NAMES.values()), 'ros2bag', 'rosbag2_storage_mcap'}
+    required, = re.findall(r'install_requires=\[(.*?)\]', (ROOT / 'setup.py').read_text(), re.S)
+    assert set(re.findall(r"'([\w.-]+)>=", required)) == {
+        *(name for _, name in NAMES.values()), 'backports.zstd'}
+
+
+@pytest.mark.parametrize('packages', ['.', 'lib/python3.12/site-packages'])
+def test_shipped_files_are_found_wherever_pip_puts_them(tmp_path: Path, packages: str) -> None:
+    """With --target, and with --prefix or --user, whose share Python does not know of."""
+    code = tmp_path / packages / 'anomaly_seg_ros'
+    code.mkdir(parents=True)
+    for name in ('__init__.py', 'errors.py', 'resources.py'):
+        (code / name).write_bytes((PACKAGE / name).read_bytes())
+    shipped = tmp_path / 'share' / 'anomaly_seg_ros' / 'models' / 'demo.onnx'
+    shipped.parent.mkdir(parents=True)
+    shipped.touch()
+    result = subprocess.run(
+        [sys.executable, '-c', 'from anomaly_seg_ros.resources import resource; '
+         'print(resource("models/demo.onnx"))'], capture_output=True, text=True, check=False,
+        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(tmp_path / packages)})
+    assert result.stdout.strip() == str(shipped), result.stderr
 
 
 def test_every_file_has_a_licence_line() -> None:
