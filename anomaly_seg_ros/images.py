@@ -31,7 +31,20 @@ _JPEG_SCAN_END = re.compile(rb'\xff([^\x00\xd0-\xd7\xff])')
 
 
 class BadImage(ValueError):
-    """An image message or an encoded image that cannot be right: expected, got, remedy."""
+    """
+    An image message or an encoded image that cannot be right: expected, got, remedy.
+
+    Attributes
+    ----------
+    problem
+        The text without a remedy that is for messages only, for images that come from elsewhere.
+
+    """
+
+    def __init__(self, problem: str, remedy: str = '') -> None:
+        """Join problem and remedy."""
+        super().__init__(f'{problem} {remedy}'.rstrip())
+        self.problem = problem
 
 
 class ImageMessage(Protocol):
@@ -295,12 +308,12 @@ def decode_compressed(data: Any, image_format: str,
         pixels = cv2.imdecode(encoded, flag | cv2.IMREAD_IGNORE_ORIENTATION)
         if pixels is None:
             raise BadImage(f'compressed image of {encoded.size} bytes ({image_format!r}) is cut '
-                           'off or damaged. Check the publisher or the recording.')
+                           'off or damaged.', 'Check the publisher or the recording.')
         if one_channel:
             return _colour_image(pixels, mosaic, buffer)
         return DecodedImage(pixels, 'bgr', (pixels.shape[0], pixels.shape[1]))
     raise BadImage(f'compressed image must be JPEG, PNG or WebP, got {encoded.size} bytes '
-                   f'starting with {head[:8].hex() or "nothing"} (format {image_format!r}). '
+                   f'starting with {head[:8].hex() or "nothing"} (format {image_format!r}).',
                    'Set the image transport to jpeg or png.')
 
 
@@ -418,17 +431,17 @@ def _decode_jpeg(encoded: np.ndarray, size_hw: tuple[int, int],
                 encoded, 'BGR', min_factor=factor, **smallest,
                 buffer=None if buffer is None else buffer.array((*decoded_hw, 3)))
         except ValueError as error:
-            raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}). '
+            raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}).',
                            'Check the publisher or the recording.') from error
         return DecodedImage(pixels, 'bgr', size_hw)
     if not _is_whole_jpeg(encoded):
-        raise BadImage(f'JPEG of {encoded.size} bytes is cut off: no end marker. '
+        raise BadImage(f'JPEG of {encoded.size} bytes is cut off: no end marker.',
                        'Check the publisher or the recording.')
     flag = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4,
             8: cv2.IMREAD_REDUCED_COLOR_8}[factor]
     decoded = cv2.imdecode(encoded, flag | cv2.IMREAD_IGNORE_ORIENTATION)
     if decoded is None:
-        raise BadImage(f'JPEG of {encoded.size} bytes is damaged. '
+        raise BadImage(f'JPEG of {encoded.size} bytes is damaged.',
                        'Check the publisher or the recording.')
     return DecodedImage(decoded, 'bgr', size_hw)
 
@@ -467,7 +480,7 @@ def _jpeg_frame(encoded: np.ndarray) -> _JpegFrame:
             break
         if marker == 0xda:
             break
-    raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged: no frame header. '
+    raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged: no frame header.',
                    'Check the publisher or the recording.')
 
 

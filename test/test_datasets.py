@@ -558,6 +558,22 @@ def test_the_content_decides_the_image_format(tmp_path: Path) -> None:
         read_image(tmp_path / 'none.png')
 
 
+@pytest.mark.parametrize('content', ['.jpg', '.png', '.webp', 'text'])
+def test_a_broken_file_is_not_the_fault_of_a_publisher(tmp_path: Path, content: str) -> None:
+    """The remedies of messages are left out, whichever part of the file is read."""
+    data = b'<html>not found</html>'
+    if content != 'text':
+        image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        data = cv2.imencode(content, image)[1].tobytes()
+    path = tmp_path / 'a.jpg'
+    for length in (len(data) // 2, 12):
+        path.write_bytes(data[:length])
+        for read in (read_image, file_size_hw):
+            with pytest.raises(UserError, match=r'a\.jpg: .* Download or copy') as error:
+                read(path)
+            assert 'publisher' not in str(error.value) and 'transport' not in str(error.value)
+
+
 def test_gamma_in_a_png_is_ignored(tmp_path: Path) -> None:
     """Lost & Found's images carry a gamma that would wash them out."""
     import struct

@@ -42,7 +42,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         return decode_compressed(data, path.suffix.lstrip('.')).rgb()
     except BadImage as error:
-        raise UserError(f'{path}: {error} Download or copy the file again.') from error
+        raise UserError(f'{path}: {error.problem} Download or copy the file again.') from error
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -110,7 +110,7 @@ def file_size_hw(path: Path) -> tuple[int, int]:
     try:
         return encoded_size_hw(data)
     except BadImage as error:
-        raise UserError(f'{path}: {error} Download or copy the file again.') from error
+        raise UserError(f'{path}: {error.problem} Download or copy the file again.') from error
 
 
 def codes_in(mask: np.ndarray) -> list[int]:
