@@ -61,6 +61,11 @@ def main() -> None:
         CONSOLE.print(f'error: {error}', style='red', highlight=False, markup=False,
                       soft_wrap=True)
         sys.exit(1)
+    except OSError as error:  # a file or folder that may not be read, a disk that is full, ...
+        said = f'{error.filename}: {error.strerror}' if error.filename else error
+        CONSOLE.print(f'error: {said}', style='red', highlight=False, markup=False,
+                      soft_wrap=True)
+        sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -71,6 +71,8 @@ BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
     ([*BENCHMARK, 'acdc', '--workers', '0'], '--workers'),
     (['compare', 'a', 'b', '--output', 'o', '--seed', '-1'], '--seed'),
     (['compare', 'a', 'b', '--output', 'o', '--level', 'nan'], 'finite'),
+    ([*BENCHMARK, 'acdc', '--option', 'keep_going=no'], 'no option keep_going'),
+    (['demo', '--seed', '-1'], '--seed'),
     (['replay', 'bag', '--output', 'o', '--realtime'], '--through-node'),
     (['replay', 'bag', '--output', 'o', '--result-topics', 'mask'], 'obstacle_mask')])
 def test_wrong_usage_exits_2(arguments: list[str], said: str) -> None:
@@ -78,6 +80,23 @@ def test_wrong_usage_exits_2(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2
     assert said in ' '.join(result.stderr.split())
+
+
+@pytest.mark.parametrize('topic', ['front camera', '', 'a//b', '/a/', '1a', '{x}/y'])
+def test_a_topic_that_ros_does_not_take_is_wrong_usage(topic: str) -> None:
+    pytest.importorskip('rclpy')
+    result = CliRunner().invoke(cli, ['doctor', '--image', topic])
+    assert result.exit_code == 2
+    assert f"--image: '{topic}'" in ' '.join(result.stderr.split())
+
+
+def test_a_file_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    """Whichever it is: no traceback, exit code 1."""
+    video = tmp_path / ('x' * 300)
+    result = run('make-bag', '--video', video, '--output', tmp_path / 'bag')
+    assert result.returncode == 1
+    assert f'error: {video}: File name too long' in result.stderr
+    assert 'Traceback' not in result.stderr
 
 
 @pytest.mark.parametrize('arguments, said', [
@@ -105,6 +124,20 @@ def test_names_are_printed_as_they_are(tmp_path: Path, name: str) -> None:
     result = run('make-bag', '--images', parent, '--output', parent / 'bag')
     assert result.returncode == 0, result.stderr
     assert f'{parent}/bag: 1 frames' in result.stdout
+
+
+def test_long_paths_stay_on_one_line(tiny_model: Path, small_benchmark: Path,
+                                     tmp_path: Path) -> None:
+    """So that they can be copied, and found in a log."""
+    for name, arguments in (
+            ('e.onnx', ['export', 'erfnet', '--weights', tiny_model.parent / 'weights.pth',
+                        '--input-size', '64x128']),
+            ('c.onnx', ['calibrate', tiny_model, '--dataset', 'road_anomaly_21', '--root',
+                        small_benchmark])):
+        output = tmp_path / ('x' * 80) / name
+        result = run(*arguments, '--output', output)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f'{output}: '), result.stdout
 
 
 def test_exit_codes_of_the_process() -> None:

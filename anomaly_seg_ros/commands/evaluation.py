@@ -162,4 +162,4 @@ def submit_command(scores: tuple[Path, ...], benchmark: str, method: str, output
     require('submission', 'h5py')
     from anomaly_seg_ros.submission import write_smiyc_submission
     written = write_smiyc_submission(scores, output, method=method, dataset=benchmark)
-    OUT.print(f'{len(written)} files in {written[0].parent}', highlight=False)
+    OUT.print(f'{len(written)} files in {written[0].parent}', highlight=False, soft_wrap=True)

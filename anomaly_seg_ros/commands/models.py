@@ -99,11 +99,12 @@ def export_command(network: str, weights: tuple[Path, ...], output: Path,
                 output, frames=images, gate=gate)
     parity = card.parity
     OUT.print(f'{output}: {card.network}, {card.score}, {card.precision}, input '
-              f'{card.input_size_hw[0]}x{card.input_size_hw[1]}', highlight=False)
+              f'{card.input_size_hw[0]}x{card.input_size_hw[1]}', highlight=False, soft_wrap=True)
     OUT.print(f'against {parity["reference"]} on {parity["frames"]} frames: score error at most '
               f'{parity["max_score_error"]:.1e}, labels differ on {parity["label_mismatch"]:.1e} '
-              'of the pixels', highlight=False)
-    OUT.print(f'threshold {card.threshold:.6g} ({card.threshold_source})', highlight=False)
+              'of the pixels', highlight=False, soft_wrap=True)
+    OUT.print(f'threshold {card.threshold:.6g} ({card.threshold_source})', highlight=False,
+              soft_wrap=True)
 
 
 def _refuse_idle_options(network: str, precision: str, input_variant: str) -> None:
@@ -171,7 +172,7 @@ def build_engine_command(model: Path, output: Path | None, workspace_mib: int | 
             EngineSettings(workspace_mib=workspace_mib, timing_cache=timing_cache,
                            hardware_compatibility=hardware_compatibility,
                            optimization_level=optimization_level), progress=progress)
-    OUT.print(f'{engine.path}', highlight=False)
+    OUT.print(f'{engine.path}', highlight=False, soft_wrap=True)
 
 
 @click.command('calibrate')
@@ -214,7 +215,7 @@ def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
         card = calibrate(model, source, output, request, backend=backend, threads=threads,
                          limit=limit, progress=progress)
     OUT.print(f'{output}: temperature {card.temperature:.4g}, threshold {card.threshold:.6g}\n'
-              f'{card.threshold_source}', highlight=False)
+              f'{card.threshold_source}', highlight=False, soft_wrap=True)
 
 
 @click.command('bench')
@@ -273,7 +274,7 @@ def fetch_command(name: str, folder: Path) -> None:
     with progress_bar() as progress:
         entry = fetch(name, folder,
                       progress=lambda what, done, total: progress(what, done, total or done))
-    OUT.print(f'{entry.name} in {folder}', highlight=False)
+    OUT.print(f'{entry.name} in {folder}', highlight=False, soft_wrap=True)
 
 
 @click.command()

@@ -169,13 +169,13 @@ def dataset_source(name: str, root: Path, split: str | None, options: tuple[str,
         given[key] = value
     if split is not None:
         given['split'] = split
-    if keep_going:
-        given['keep_going'] = True
     known = signatures.signature(DATASETS[name]).parameters.keys() - {'root', 'keep_going'}
-    wrong = sorted(given.keys() - known - {'keep_going'})
+    wrong = sorted(given.keys() - known)
     if wrong:
         raise click.UsageError(f'{name} has no option {", ".join(wrong)}; it has '
                                f'{", ".join(sorted(known))}')
+    if keep_going:
+        given['keep_going'] = True
     return open_dataset(name, root, **given)
 
 

@@ -18,7 +18,8 @@ from rich.text import Text
               help='Folder for bag, results, pictures and report.')
 @click.option('--frames', type=click.IntRange(2), default=60, show_default=True,
               help='Length of the drive.')
-@click.option('--seed', type=int, default=23, show_default=True, help='Seed of the drive.')
+@click.option('--seed', type=click.IntRange(0), default=23, show_default=True,
+              help='Seed of the drive.')
 @click.option('--model', type=FILE, help='Model file. Default: the bundled one.')
 def demo(output: Path, frames: int, seed: int, model: Path | None) -> None:
     """Synthetic drive -> bag -> the real node over DDS -> metrics, latency, report."""
@@ -28,7 +29,8 @@ def demo(output: Path, frames: int, seed: int, model: Path | None) -> None:
         result = run_demo(output, frames=frames, seed=seed, model=model, progress=progress)
     print_metrics(result.metrics)
     OUT.print(f'\nreport    {output / "report.html"}\npictures  {output / "pictures"}\n'
-              f'bag       {result.bag}\nresults   {output / "result_bag"}', highlight=False)
+              f'bag       {result.bag}\nresults   {output / "result_bag"}', highlight=False,
+              soft_wrap=True)
 
 
 @click.command('make-bag')
@@ -157,7 +159,11 @@ def doctor_command(image_topic: str, image_transport: str, model: Path | None,
                    threads: int) -> None:
     """Check what usually goes wrong between camera and node, and say what to do."""
     require('ros', 'rclpy')
-    from anomaly_seg_ros.ros.doctor import format_checks, run_doctor
+    from anomaly_seg_ros.ros.doctor import check_topic_name, format_checks, run_doctor
+    try:
+        check_topic_name(image_topic)
+    except ValueError as error:
+        raise click.UsageError(f'--image: {error}') from error
     checks = run_doctor(image_topic, image_transport=image_transport, model=model or '',
                         backend=backend, threads=threads, input_reliability=input_reliability,
                         use_sim_time=use_sim_time, listen_s=listen_s)

@@ -25,10 +25,13 @@ from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from anomaly_seg_ros.ros.loading import read_model
 import rclpy
 from rclpy.context import Context
+from rclpy.exceptions import InvalidTopicNameException
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.expand_topic_name import expand_topic_name
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.qos import qos_check_compatible, QoSCompatibility, QoSProfile, ReliabilityPolicy
+from rclpy.validate_full_topic_name import validate_full_topic_name
 from sensor_msgs.msg import CompressedImage, Image
 
 OK, WARN, ERROR = 'ok', 'WARN', 'ERROR'
@@ -37,6 +40,7 @@ PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES
 # Segment of Fast DDS's built-in shared-memory transport.
 _DEFAULT_SEGMENT = 512 * 1024
 _MIB = 2**20
+_NAME = 'anomaly_seg_doctor'  # of the node that listens
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,16 @@ def run_doctor(image_topic: str = '/camera/image_raw', *, image_transport: str =
                               measured=bool(received.frames))
     checks += check_clock(use_sim_time, clocks, received)
     return checks
+
+
+def check_topic_name(name: str) -> None:
+    """Raise ValueError, with the reason, unless ROS takes ``name`` as that of a topic."""
+    try:
+        validate_full_topic_name(expand_topic_name(name, _NAME, '/'))
+    except (ValueError, InvalidTopicNameException) as error:
+        # Followed by the place in the source of rcl.
+        reason = str(error).splitlines()[0].partition(', at ')[0].rstrip(':')
+        raise ValueError(f'{name!r}: {reason}. Give one such as /camera/image_raw.') from error
 
 
 def format_checks(checks: Sequence[Check]) -> str:
@@ -431,7 +445,7 @@ def _listening(domain_id: int | None,
     """Give a node and its executor in a domain."""
     context = Context()
     context.init(args=[], domain_id=domain_id)
-    node = Node('anomaly_seg_doctor', context=context, enable_rosout=False,
+    node = Node(_NAME, context=context, enable_rosout=False,
                 start_parameter_services=False,
                 parameter_overrides=[Parameter('use_sim_time', value=use_sim_time)])
     executor = SingleThreadedExecutor(context=context)
