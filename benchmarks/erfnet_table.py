@@ -18,6 +18,7 @@ from anomaly_seg_ros.datasets import open_dataset
 from anomaly_seg_ros.evaluate import evaluate, machine, versions
 from anomaly_seg_ros.export import export_model, ExportRequest
 
+ROOT = Path(__file__).resolve().parent.parent
 SETS = ('road_anomaly_21', 'road_obstacle_21', 'fs_lost_and_found', 'fs_static', 'road_anomaly')
 SCORES = ('msp', 'max_logit', 'entropy', 'energy')
 
@@ -32,8 +33,8 @@ PUBLISHED = {
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument('--data', type=Path,
-                        default=Path(os.environ.get('ANOMALY_SEG_DATA', '../shared/data')))
+    parser.add_argument('--data', type=Path, default=Path(os.environ.get(
+        'ANOMALY_SEG_DATA', ROOT.parent / 'shared/data')))
     parser.add_argument('--output', type=Path, help='keep the result folders here')
     parser.add_argument('--backend', default='cpu')
     parser.add_argument('--limit', type=int, help='frames a set, for a quick look')

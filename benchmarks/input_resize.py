@@ -30,6 +30,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parent.parent
 SETS = ('road_anomaly_21', 'road_obstacle_21', 'fs_lost_and_found', 'fs_static', 'road_anomaly')
 SIZE_WH = (1024, 512)
 BINS = 20_000
@@ -50,8 +51,8 @@ JPEG_QUALITY = 90
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument('--data', type=Path,
-                        default=Path(os.environ.get('ANOMALY_SEG_DATA', '../shared/data')))
+    parser.add_argument('--data', type=Path, default=Path(os.environ.get(
+        'ANOMALY_SEG_DATA', ROOT.parent / 'shared/data')))
     parser.add_argument('--sets', nargs='+', choices=SETS, default=SETS)
     parser.add_argument('--scores', nargs='+', default=('msp', 'max_logit', 'entropy'))
     arguments = parser.parse_args()
