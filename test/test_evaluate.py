@@ -264,7 +264,7 @@ def test_without_the_extra_report_the_figures_are_complete(
     assert metrics['pixel']['average_precision'] > 0
     assert {path.name for path in (tmp_path / 'out').iterdir()
             if not path.name.startswith('.')} == {'metrics.json', 'per_frame.csv'}
-    assert 'anomaly_seg_ros[report]' in caplog.text
+    assert 'pip install ".[report]"' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['smooth', 'saturated', 'few_valued'])
