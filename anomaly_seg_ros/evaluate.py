@@ -586,8 +586,9 @@ def _frame_columns(row: FrameRow) -> dict[str, Any]:
 
 
 def file_name(frame_id: str) -> str:
-    """Return a file name for a frame id, which may hold slashes."""
-    return frame_id.replace('%', '%25').replace('/', '%2F')
+    """Return a file name for a frame id: it may hold slashes, or begin as hidden files do."""
+    name = frame_id.replace('%', '%25').replace('/', '%2F')
+    return f'%2E{name[1:]}' if name.startswith('.') else name
 
 
 def versions() -> dict[str, str]:

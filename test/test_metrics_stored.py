@@ -239,6 +239,14 @@ def test_masks_are_read_as_those_of_data_sets(folders, kind):
     np.testing.assert_array_equal(frame.mask, mask)
 
 
+def test_upper_case_endings(folders):
+    expected = score_metrics(StoredScores(*folders), track=None)
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            path.rename(path.with_suffix(path.suffix.upper()))
+    assert score_metrics(StoredScores(*folders), track=None).pixel == expected.pixel
+
+
 def test_boolean_png_masks_do_not_lose_their_anomalies(folders):
     """The 1 that they hold is 255 to OpenCV, void."""
     pil = pytest.importorskip('PIL.Image', reason='writes masks of one bit')

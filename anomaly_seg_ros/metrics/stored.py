@@ -134,7 +134,7 @@ def _by_name(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, li
                         f'(<name>{" or <name>".join(suffixes)})')
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in suffixes and not path.name.startswith('.'):
+        if path.suffix.lower() in suffixes and not path.name.startswith('.'):
             found.setdefault(path.stem, []).append(path)
     return found
 
@@ -156,7 +156,7 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
 
 
 def _read_mask(path: Path) -> npt.NDArray[Any]:
-    mask = read_npy(path) if path.suffix == '.npy' else read_codes(path)
+    mask = read_npy(path) if path.suffix.lower() == '.npy' else read_codes(path)
     if mask.dtype.kind not in 'bui':
         raise UserError(f'{path}: a mask must hold integers, got {mask.dtype}. Store 0 '
                         '(in-distribution), 1 (anomaly), 255 (void) as uint8.')
