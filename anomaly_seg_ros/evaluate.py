@@ -52,6 +52,8 @@ NO_LABELS = 'no frame has ground-truth labels'
 # The bag of replay's answers, in a folder of results.
 RESULT_BAG = 'result_bag'
 
+_RESULTS = ('metrics.json', 'per_frame.csv', 'report.html')
+
 # In a folder of results: its sub-folders are this program's, so a new run may clear them.
 _MARK = '.anomaly_seg_run'
 
@@ -305,7 +307,7 @@ class Recorder:
     def _clear(self) -> None:
         """Remove an older run's results."""
         try:
-            for name in ('metrics.json', 'per_frame.csv', 'report.html'):
+            for name in _RESULTS:
                 (self.output / name).unlink(missing_ok=True)
             for folder in (*self._folders, *self._result_bags):
                 if folder.exists():
@@ -520,7 +522,19 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
     dict
         The content of metrics.json.
 
+    Raises
+    ------
+    UserError
+        If ``output`` holds the results of a run of a model, which know more, or as
+        ``score_metrics``.
+
     """
+    output = Path(output)
+    if (output / _MARK).exists():
+        results = [output / name for name in _RESULTS if (output / name).exists()]
+        if results:
+            raise UserError(f'{results[0]}: is of a run that knows labels and latencies too, and '
+                            'would be overwritten. Choose another output folder.')
     result = score_metrics(StoredScores(scores, masks), track=track, workers=workers,
                            keep_going=keep_going, ray=ray,
                            progress=None if progress is None else
@@ -537,7 +551,6 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
         'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
         'versions': versions(), 'machine': machine(), 'problems': list(result.skipped),
         'finished': time.strftime('%Y-%m-%dT%H:%M:%S%z')}
-    output = Path(output)
     write_per_frame(output / 'per_frame.csv', [
         {'frame_id': row.frame_id, **_frame_columns(row)} for row in result.per_frame])
     atomic_write_text(output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')

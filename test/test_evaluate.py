@@ -232,6 +232,19 @@ def test_folders_of_the_user_are_not_cleared(tiny_model: Path, small_benchmark: 
     assert len(list((tmp_path / 'out' / 'scores').iterdir())) == 2
 
 
+def test_metrics_do_not_overwrite_the_run_whose_scores_they_read(tmp_path: Path) -> None:
+    """Beside the scores lies what the run alone knows; its own results ``metrics`` does renew."""
+    out = tmp_path / 'out'
+    evaluate(identity_model(tmp_path / 'm.onnx').path, Memory([labelled_frame(0)]), out,
+             save_scores=True)
+    before = (out / 'metrics.json').read_bytes()
+    with pytest.raises(UserError, match=r'out/metrics\.json: is of a run (.|\n)*another output'):
+        metrics_of_stored(out / 'scores', out / 'masks', out)
+    assert (out / 'metrics.json').read_bytes() == before
+    for _ in range(2):
+        metrics_of_stored(out / 'scores', out / 'masks', tmp_path / 'again')
+
+
 def test_workers_change_no_bit(tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
     """Two processes give the bits of one: every figure of every frame and of the whole."""
     source = open_dataset('road_anomaly_21', small_benchmark)
