@@ -140,7 +140,13 @@ class OnnxRuntimeTensorrt(OnnxRuntimeCuda):
 
 
 def tensorrt_options(model: ModelFile, cache: Path, cuda_graph: bool) -> dict[str, str]:
-    """Return the options of the TensorRT provider for a model of this precision."""
+    """
+    Return the options of the TensorRT provider for a model of this precision.
+
+    Each model has a folder of its own: the provider tells engines apart by names of tensors only.
+    """
+    if not model.sha256:
+        raise ValueError(f'{model.path}: a model without its SHA-256 has no engine cache')
     folder = cache / model.sha256[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
