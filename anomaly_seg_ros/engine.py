@@ -18,7 +18,7 @@ import re
 import time
 from typing import Any
 
-from anomaly_seg_ros.cuda import describe_gpu, Gpu, missing_cuda
+from anomaly_seg_ros.cuda import describe_gpu, Gpu, missing_cuda, select_gpu
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.model_card import ModelCard, ModelFile
@@ -181,6 +181,7 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
 
     refuse_cpu_int8(model)
     output = Path(output)
+    select_gpu(settings.device)
     gpu = describe_gpu(settings.device)
     log = make_logger(trt)
     builder = trt.Builder(log)

@@ -147,6 +147,7 @@ def make(state: State) -> dict[str, Any]:
 
         def build_serialized_network(self, network: Any, config: Any) -> IHostMemory | None:
             state.seen['config'] = config
+            state.seen['built on'] = state.cuda.device
             if state.build_error is not None:
                 self.logger.log(Severity.ERROR, state.build_error)
                 return None
@@ -264,6 +265,7 @@ def make(state: State) -> dict[str, Any]:
             self.logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+            state.seen['loaded on'] = state.cuda.device
             if state.load_error is not None:
                 self.logger.log(Severity.ERROR, state.load_error)
                 return None

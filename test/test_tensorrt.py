@@ -75,6 +75,22 @@ def test_build_and_run(fake: State, model: ModelFile) -> None:
         assert backend.describe()['device'] == 'Fake GPU'
 
 
+def test_the_device_is_chosen_before_anything_is_done_on_it(fake: State,
+                                                            model: ModelFile) -> None:
+    """Built, loaded and run on the GPU asked for; one that is not there is named."""
+    fake.cuda.devices = 2
+    build_engine(model, engine_path(model), EngineSettings(device=1))
+    assert fake.seen['built on'] == fake.seen['loaded on'] == 1
+    fake.cuda.device = fake.seen['loaded on'] = 0
+    with open_backend(model, 'tensorrt', device=1):
+        assert fake.seen['loaded on'] == fake.cuda.device == 1
+    for ask in (lambda: open_backend(model, 'tensorrt', device=2),
+                lambda: build_engine(model, engine_path(model), EngineSettings(device=2))):
+        with pytest.raises(UserError, match='no CUDA device 2: this machine has 2'):
+            ask()
+    assert 'no CUDA device 2' in (TensorrtBackend.unavailable(model, 2) or '')
+
+
 def test_frames_reuse_buffers_and_graph(fake: State, model: ModelFile) -> None:
     """One warm-up and one capture, then only replays; the pinned input saves a copy."""
     build_engine(model, engine_path(model))

@@ -157,9 +157,11 @@ def _export_onnx(weights: Any, input_size_hw: tuple[int, int] | None, options: d
               help='GPUs that the engine runs on.')
 @click.option('--optimization-level', type=click.IntRange(0, 5),
               help='How long TensorRT searches.')
+@click.option('--device', type=click.IntRange(0), default=0, show_default=True,
+              help='Index of the CUDA device that the engine is for.')
 def build_engine_command(model: Path, output: Path | None, workspace_mib: int | None,
                          timing_cache: Path | None, hardware_compatibility: str,
-                         optimization_level: int | None) -> None:
+                         optimization_level: int | None, device: int) -> None:
     """Build the TensorRT engine of MODEL on this machine's GPU."""
     from anomaly_seg_ros.engine import build_engine, engine_path, EngineSettings
     from anomaly_seg_ros.model_file import load_model_file
@@ -169,7 +171,8 @@ def build_engine_command(model: Path, output: Path | None, workspace_mib: int | 
             model_file, output or engine_path(model_file),
             EngineSettings(workspace_mib=workspace_mib, timing_cache=timing_cache,
                            hardware_compatibility=hardware_compatibility,
-                           optimization_level=optimization_level), progress=progress)
+                           optimization_level=optimization_level, device=device),
+            progress=progress)
     OUT.print(f'{engine.path}', highlight=False)
 
 
