@@ -79,6 +79,7 @@ class State:
     refuse_graph: str | None = None
     no_context: bool = False
     layer_format: str | None = None
+    more_layers: tuple[dict[str, Any], ...] = ()
     seen: dict[str, Any] = field(default_factory=dict)
 
 
@@ -167,7 +168,8 @@ def make(state: State) -> dict[str, Any]:
             layers = [{'Name': 'conv', 'LayerType': 'CaskConvolution',
                        'Inputs': [{'Name': 'x', 'Format/Datatype': kind}]},
                       {'Name': 'cast', 'LayerType': 'Reformat',
-                       'Inputs': [{'Name': 'y', 'Format/Datatype': 'Row major linear FP32'}]}]
+                       'Inputs': [{'Name': 'y', 'Format/Datatype': 'Row major linear FP32'}]},
+                      *state.more_layers]
             return IHostMemory(json.dumps({'ports': ports, 'layers': layers,
                                            'profile': state.seen.get('profile')}).encode())
 

@@ -76,7 +76,7 @@ class TensorrtBackend(Backend):
             loaded = load_engine(path)
             check_engine(loaded, model, trt.__version__, gpu)
         except UserError as error:
-            if not build:
+            if not build or path == model.path:  # an engine has no graph to build from
                 raise
             logging.getLogger(__name__).warning(
                 'building %s now, this takes minutes (%s); to do it beforehand: %s', path, error,
