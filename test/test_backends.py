@@ -11,12 +11,13 @@ from anomaly_seg_ros.backends.onnxruntime_gpu import placement
 from anomaly_seg_ros.backends.openvino import _replace_image_pooling
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.export import export_model, ExportRequest
-from anomaly_seg_ros.model_file import load_model_file, write_model_file
+from anomaly_seg_ros.model_file import load_model_file, ModelFile, write_model_file
 from anomaly_seg_ros.networks import NETWORKS
 from anomaly_seg_ros.ports import input_port, output_ports
 from anomaly_seg_ros.preprocess import Preprocessor
 from cards import card, identity_graph, identity_model
 import numpy as np
+from onnx import helper
 import pytest
 import small_network
 from small_network import frames, small_model, small_weights  # noqa: F401
@@ -110,6 +111,35 @@ def test_auto_takes_the_fastest_available_and_says_so(
     assert f'backend auto: {expected}' in caplog.text
     for name in AUTO_ORDER[:AUTO_ORDER.index(expected)]:
         assert f'not {name}: {reasons[name]}' in caplog.text
+
+
+def unpooling_model(path: Path) -> ModelFile:
+    """Return a model with an operator that ONNX Runtime has and OpenVINO has not."""
+    model = identity_graph()
+    for node in model.graph.node:
+        node.input[0] = 'logits' if node.input[0] == 'image' else node.input[0]
+    half = {'kernel_shape': [2, 2], 'strides': [2, 2]}
+    model.graph.node.insert(0, helper.make_node('MaxUnpool', ['small', 'i'], ['logits'], **half))
+    model.graph.node.insert(0, helper.make_node('MaxPool', ['image'], ['small', 'i'], **half))
+    write_model_file(path, model.SerializeToString(), card())
+    return load_model_file(path)
+
+
+def test_auto_goes_on_where_a_backend_fails_to_open(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning that says why; where none opens, the error has every reason."""
+    pytest.importorskip('openvino')
+    monkeypatch.setattr(backends, 'AUTO_ORDER', ('openvino', 'cpu'))
+    with open_backend(unpooling_model(tmp_path / 'm.onnx'), 'auto', threads=1) as backend:
+        assert backend.name == 'cpu'
+    (record,) = [x for x in caplog.records if x.name == 'anomaly_seg_ros.backends']
+    assert record.levelno == logging.WARNING
+    assert 'auto: cpu (not openvino: ' in record.message and 'MaxUnpool' in record.message
+    graph = identity_graph()
+    graph.graph.node[-1].op_type = 'Teleport'
+    write_model_file(tmp_path / 'm.onnx', graph.SerializeToString(), card())
+    with pytest.raises(UserError, match=r'no backend can run it here: openvino: .*; cpu: .*'):
+        open_backend(load_model_file(tmp_path / 'm.onnx'), 'auto')
 
 
 def test_auto_without_any_backend_says_why(tmp_path: Path,
