@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every backend that this machine can run gives PyTorch's numbers; the others say why not."""
 
+import importlib.util
 import logging
 from pathlib import Path
 
 from anomaly_seg_ros import backends
 from anomaly_seg_ros.backends import AUTO_ORDER, available_backends, BACKENDS, open_backend
-from anomaly_seg_ros.backends.onnxruntime import open_session, session_options
+from anomaly_seg_ros.backends.onnxruntime import installed_twice, open_session, session_options
 from anomaly_seg_ros.backends.onnxruntime_gpu import placement
 from anomaly_seg_ros.backends.openvino import _replace_image_pooling
 from anomaly_seg_ros.errors import UserError
@@ -16,6 +17,7 @@ from anomaly_seg_ros.networks import NETWORKS
 from anomaly_seg_ros.ports import input_port, output_ports
 from anomaly_seg_ros.preprocess import Preprocessor
 from cards import card, identity_graph, identity_model
+import fake_cuda
 import numpy as np
 from onnx import helper
 import pytest
@@ -171,6 +173,47 @@ def test_a_provider_that_is_not_in_this_build_is_an_error(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r'has no CUDAExecutionProvider, only .*onnxruntime-gpu'):
         open_session(identity_model(tmp_path / 'm.onnx'), session_options(1),
                      [('CUDAExecutionProvider', {})])
+
+
+def test_two_onnxruntimes_in_one_folder_are_named(tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what pip has recorded, with the way out."""
+    if installed_twice() or importlib.util.find_spec('onnxruntime') is None:
+        pytest.skip('they are not as usual here')
+    folder = tmp_path / 'onnxruntime_gpu-1.31.1.dist-info'
+    folder.mkdir()
+    (folder / 'METADATA').write_text('Metadata-Version: 2.1\nName: onnxruntime-gpu\n'
+                                     'Version: 1.31.1\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = identity_model(tmp_path / 'm.onnx')
+    if BACKENDS['cuda'].unavailable(model) is None:
+        pytest.skip('there is a GPU')
+    with pytest.raises(UserError, match='"pip uninstall onnxruntime onnxruntime-gpu", then'):
+        open_backend(model, 'cuda')
+    with pytest.raises(UserError, match='"pip uninstall onnxruntime onnxruntime-gpu", then'):
+        open_session(model, session_options(1), [('CUDAExecutionProvider', {})])
+
+
+def test_a_gpu_backend_that_does_not_open_frees_its_memory(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason."""
+    import onnxruntime
+    if 'CUDAExecutionProvider' in onnxruntime.get_available_providers():
+        pytest.skip('this onnxruntime has CUDA')
+    cuda = fake_cuda.install(monkeypatch)
+    for name in ('CUDAExecutionProvider', 'TensorrtExecutionProvider'):
+        monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda name=name: [name])
+        (tmp_path / name).write_text('not a folder')
+        with pytest.raises(UserError):
+            open_backend(identity_model(tmp_path / 'm.onnx'),
+                         'cuda' if name.startswith('CUDA') else 'onnxruntime-tensorrt',
+                         cache=tmp_path / name)
+        assert cuda.calls['cudaMalloc'] and cuda.memory == {}
+    model = identity_model(tmp_path / 'm.onnx', precision='int8',
+                           parity={'int8': {'target': 'onnxruntime'}})
+    with pytest.raises(UserError, match='made for onnxruntime'):
+        open_backend(model, 'onnxruntime-tensorrt')
+    assert cuda.memory == {}
 
 
 def test_placement_counts_the_nodes_of_each_provider(tmp_path: Path) -> None:

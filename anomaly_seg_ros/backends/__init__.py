@@ -40,8 +40,8 @@ def open_backend(model: ModelFile, name: str = 'cpu', **options: Any) -> Backend
     """
     Open ``model`` on the backend called ``name``; an unknown name lists the choices.
 
-    ``auto`` takes the fastest that is available and opens, in the order of ``AUTO_ORDER``, and logs
-    which it is and why not a faster one: as a warning where one is installed but failed to open.
+    ``auto`` takes the fastest that is available and opens, in the order of ``AUTO_ORDER``, and
+    logs which it is and why not a faster one: as a warning where that is here but failed to open.
 
     Parameters
     ----------
