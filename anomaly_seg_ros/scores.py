@@ -56,10 +56,10 @@ def entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     """
     shifted, weights, rest = _exponentials(logits, temperature)
     total = 1 + rest
-    # ln(1 + rest), but ln of the sum would lose the digits of a small rest, and ONNX has no log1p.
-    # So Kahan's: the sum's rounding cancels out. Atanh would do too, but not on ONNX Runtime's GPU.
+    # ln(1 + rest): ln of the sum would lose the digits of a small rest, ONNX has no log1p, and
+    # ONNX Runtime no artanh on GPUs. So Kahan's, in which the sum's rounding cancels out.
     rounded = total - 1
-    logarithm = (rest * total.log() / rounded).where(rounded != 0, rest)
+    logarithm = rest.where(rounded == 0, rest * total.log() / rounded)
     return logarithm - (weights * shifted).sum(dim=1) / total
 
 
