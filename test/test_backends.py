@@ -4,6 +4,7 @@
 import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 from anomaly_seg_ros import backends
 from anomaly_seg_ros.backends import AUTO_ORDER, available_backends, BACKENDS, open_backend
@@ -304,6 +305,37 @@ def test_openvino_says_its_arithmetic(tmp_path: Path) -> None:
         open_backend(model, 'openvino', precision='int4')
     with pytest.raises(UserError, match=r'cannot compile it for NPU9'):
         open_backend(model, 'openvino', device='NPU9')
+
+
+@pytest.mark.parametrize(('device', 'chosen', 'said'), [
+    ('GPU', ['GPU.0'], 'GPU.0'), ('GPU.1', ['GPU.1'], 'GPU.1'), ('NPU', 'NPU', 'NPU'),
+    ('AUTO', ['CPU'], 'CPU'), ('GPU', ['CPU'], None), ('GPU.1', ['GPU.0'], None)])
+def test_openvino_runs_on_the_device_asked_for(
+        device: str, chosen: list[str] | str, said: str | None, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it names in several ways; another one is an error. Compiled for the CPU here."""
+    openvino = pytest.importorskip('openvino')
+    compile_model = openvino.Core.compile_model
+
+    class Compiled:
+        def __init__(self, core: Any, graph: Any, name: str, config: Any) -> None:
+            self._compiled = compile_model(core, graph, 'CPU', config)
+
+        def get_property(self, name: str) -> Any:
+            return chosen if name == 'EXECUTION_DEVICES' else self._compiled.get_property(name)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._compiled, name)
+
+    monkeypatch.setattr(openvino.Core, 'compile_model',
+                        lambda *arguments: Compiled(*arguments))
+    model = identity_model(tmp_path / 'm.onnx')
+    if said is None:
+        with pytest.raises(UserError, match=rf'asked for OpenVINO on {device}, it chose '):
+            open_backend(model, 'openvino', device=device)
+    else:
+        with open_backend(model, 'openvino', device=device) as backend:
+            assert backend.describe()['device'] == said
 
 
 def test_torch_wants_the_very_weights(small_model: Path, known: None,  # noqa: F811
