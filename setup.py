@@ -21,8 +21,10 @@ extras = {
     # Exactly this torch: a plain "torch" takes the newest and gigabytes of CUDA with it.
     'export': ['torch==2.13.0', 'onnx>=1.18', 'onnxscript>=0.5', 'safetensors>=0.4'],
     'networks': ['transformers>=5.0', 'scipy>=1.10', 'pillow>=10'],
-    'cuda': ['onnxruntime-gpu>=1.20'],
-    'tensorrt': ['tensorrt-cu13==10.16.1.11'],
+    # CUDA 13, as TensorRT below. From 1.25 on (April 2026) its CUDA kernels know the operators of
+    # opset 20; from 1.28 on its own extras name libraries of CUDA 13 that there are.
+    'cuda': ['onnxruntime-gpu[cuda,cudnn]>=1.28', 'cuda-bindings>=13,<14'],
+    'tensorrt': ['tensorrt-cu13==10.16.1.11', 'cuda-bindings>=13,<14', 'onnx>=1.18'],
     'openvino': ['openvino>=2025.0'],
     'report': ['matplotlib>=3.7', 'jinja2>=3.1'],
     'ray': ['ray[client]>=2.40'],

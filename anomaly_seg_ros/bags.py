@@ -691,7 +691,8 @@ def _new_bag(path: Path, storage: str, overwrite: bool, notes: dict[str, str],
                 yield _BagWriter(writer)
             except BaseException:
                 if keep_incomplete and writer.connections:
-                    writer.close()
+                    with suppress(Exception):  # on a full disk the end cannot be written either
+                        writer.close()
                     _move(folder, path.with_name(path.name + '.incomplete'))
                 else:
                     with suppress(Exception):

@@ -112,7 +112,7 @@ def bench(model: Path | str, *, names: Sequence[str] | None = None, frames: int 
     frames, warm_up
         How many frames to measure, after how many that are not.
     frame_size_hw
-        Size of the camera's frames; default: the card's, else 1080x1920.
+        Size of the camera's frames; default: what a ``device`` model is made for, else 1080x1920.
     threads
         CPU threads; 0 takes as many as this process may use cores.
     images
@@ -125,8 +125,11 @@ def bench(model: Path | str, *, names: Sequence[str] | None = None, frames: int 
     if frames < 1 or warm_up < 0:
         raise ValueError(f'frames must be at least 1 and warm_up at least 0, got {frames} and '
                          f'{warm_up}')
-    card = load_model_file(model).card
-    size_hw = card.frame_size_hw or frame_size_hw or _FRAME_SIZE_HW
+    made_for = load_model_file(model).card.frame_size_hw
+    size_hw = frame_size_hw or made_for or _FRAME_SIZE_HW
+    if made_for not in (None, size_hw):
+        raise UserError(f'{model}: made for frames of {made_for[0]}x{made_for[1]}, not '
+                        f'{size_hw[0]}x{size_hw[1]}. Leave --frame-size out.')
     source = check_frames() if images is None else images
     pictures = [image if image.shape[:2] == size_hw else cv2.resize(image, size_hw[::-1])
                 for image in islice(source, _MAX_IMAGES)]

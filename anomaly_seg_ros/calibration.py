@@ -10,11 +10,14 @@ fewer), or that of the best F1.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.backends.onnxruntime import session_options
 from anomaly_seg_ros.classes import label_ids, UNLABELLED
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
@@ -136,9 +139,14 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
             and source[0].labels is not None
         temperature = 'fit' if fit else 'keep'
     if temperature != 'keep':
+        if backend == 'tensorrt':
+            raise UserError(f'{model}: its engine has the score at the temperature that it was '
+                            'built with, and no other. Calibrate with --backend cpu, then build '
+                            'the engine of the result ("anomaly-seg build-engine"), or use '
+                            '--temperature keep.')
         require('export', 'onnx', otherwise='keep the temperature: --temperature keep')
         try:
-            check_logits(model_file, source[0].image_rgb)
+            check_logits(model_file, source[0].image_rgb, threads)
         except UserError as error:
             if request.temperature is not None:
                 raise
@@ -147,7 +155,7 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
     if temperature != 'keep':
         if temperature == 'fit':
             temperature, notes['temperature_fit'] = fit_temperature(
-                model_file, _frames(source, total, 'temperature', progress), ids)
+                model_file, _frames(source, total, 'temperature', progress), ids, threads)
         model_file = with_temperature(model_file, float(temperature))
     threshold, text, score_range = _choose_threshold(
         model_file, _frames(source, total, 'threshold', progress), request, backend, threads)
@@ -161,9 +169,12 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
 
 
 def fit_temperature(model: ModelFile, frames: Iterator[Frame],
-                    ids: np.ndarray | None = None) -> tuple[float, dict[str, float]]:
+                    ids: np.ndarray | None = None, threads: int = 0
+                    ) -> tuple[float, dict[str, float]]:
     """
     Return the temperature of least negative log likelihood, and figures before and after.
+
+    Before is at the card's temperature.
 
     Labels are compared at the network's own output size, where the logits are; at most
     ``FIT_PIXELS`` pixels are used, drawn evenly from those of all frames. ``ids`` is the table of
@@ -173,8 +184,9 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame],
 
     bare, logits_names = _bare_graph(model)
     names = [logits_names] if isinstance(logits_names, str) else logits_names
-    session = onnxruntime.InferenceSession(bare.SerializeToString(),
-                                           providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(
+        bare.SerializeToString(), session_options(threads or len(os.sched_getaffinity(0))),
+        providers=['CPUExecutionProvider'])
     preprocess = Preprocessor(model.card)
     drawn = _LabelledPixels(FIT_PIXELS)
     for frame in frames:
@@ -200,7 +212,7 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame],
                      "these labels hardly fit the model's classes, or the model is sure of "
                      'every one', temperature, *TEMPERATURES)
     figures = {}
-    for name, value in (('before', 1.0), ('after', temperature)):
+    for name, value in (('before', model.card.temperature), ('after', temperature)):
         figures[f'nll_{name}'] = negative_log_likelihood(f, y, value)
         p = np.exp(f / value - _logsumexp(f / value)[:, None])
         calibration = Calibration(samples_per_frame=None)
@@ -263,10 +275,12 @@ def with_temperature(model: ModelFile, temperature: float) -> ModelFile:
         raise UserError(f'{model.path}: the graph with its new head is not valid ONNX: '
                         f'{" ".join(str(error).split())[:400]}. No file was written; use '
                         '--temperature keep.') from error
-    return ModelFile(model.path, '', card, seal_model(bare.SerializeToString(), card))
+    data = seal_model(bare.SerializeToString(), card)
+    # Its own digest: what backends build and keep must not be taken for another model's.
+    return ModelFile(model.path, hashlib.sha256(data).hexdigest(), card, data)
 
 
-def check_logits(model: ModelFile, image_rgb: np.ndarray) -> None:
+def check_logits(model: ModelFile, image_rgb: np.ndarray, threads: int = 0) -> None:
     """
     Raise UserError unless what the labels are taken from are logits, from which the score comes.
 
@@ -276,7 +290,7 @@ def check_logits(model: ModelFile, image_rgb: np.ndarray) -> None:
     network_input = Preprocessor(model.card)(image_rgb)
     answers = []
     for one in (with_temperature(model, model.card.temperature), model):
-        with open_backend(one) as backend:
+        with open_backend(one, threads=threads) as backend:
             answers.append(backend.run(network_input))
     difference = compare(answers[:1], answers[1:])
     try:

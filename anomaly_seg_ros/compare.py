@@ -179,11 +179,17 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     frame_ids, same = _shared_frames(runs, common_frames)
     tails = ((1 - level) / 2, (1 + level) / 2)
 
-    stored = [_stored(run, frame_ids) for run in runs]
+    # A frame without a mask, or with a void one, has no part in the pooled figures of pixels.
+    scored = [frame for frame in frame_ids
+              if any(run.rows[frame].get('pixels', 1) for run in runs)]
+    stored = [_stored(run, scored) for run in runs]
     pooled_notes, rows = [], []
     drawn: dict[str, Float64Array] = {}
     if len(frame_ids) < 2:
         pooled_notes.append('One frame varies in nothing: no figure has an interval.')
+    elif len(scored) < 2:
+        pooled_notes.append('Pooled figures have no interval: fewer than two frames have ground '
+                            'truth.')
     elif all(scores is not None for scores in stored):
         counts = [_bin_counts(*scores) for scores in stored if scores is not None]
         drawn = _resample_pooled(counts, resamples, seed)
@@ -209,8 +215,10 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
         values = np.array([_number(run.metrics, statistic.key) for run in runs])
         if not same or np.isnan(values).any():
             continue
-        rows += _rows(statistic, runs, values, drawn.get(statistic.key), tails, len(frame_ids))
-    fewest = len(frame_ids)
+        of_pixels = statistic.key.startswith(('pixel.', 'components.'))
+        rows += _rows(statistic, runs, values, drawn.get(statistic.key), tails,
+                      len(scored if of_pixels else frame_ids))
+    fewest = len(scored if drawn else frame_ids)
     for statistic in FRAME_MEANS:
         table = np.array([[_or_nan(run.rows[frame].get(statistic.key)) for run in runs]
                           for frame in frame_ids])

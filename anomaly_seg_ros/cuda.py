@@ -37,6 +37,25 @@ def missing_cuda() -> str | None:
     return None if count else 'no CUDA GPU'
 
 
+def select_gpu(device: int) -> None:
+    """
+    Make a CUDA device the calling thread's: what is built, loaded or allocated next is on it.
+
+    Raises
+    ------
+    UserError
+        If there is no device with this index.
+
+    """
+    from cuda.bindings import runtime
+
+    count = checked(runtime.cudaGetDeviceCount())
+    if not 0 <= device < count:
+        raise UserError(f'there is no CUDA device {device}: this machine has {count}, counted '
+                        'from 0. Choose one of them.')
+    checked(runtime.cudaSetDevice(device))
+
+
 def describe_gpu(device: int = 0) -> Gpu:
     """Return what the CUDA device with this index is."""
     from cuda.bindings import runtime
@@ -85,7 +104,7 @@ class CudaBuffers:
         self._graph: Any = None
         self.host: dict[str, np.ndarray] = {}
         self.address: dict[str, int] = {}
-        checked(runtime.cudaSetDevice(device))
+        select_gpu(device)
         self._stream = checked(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
         self.stream = int(self._stream)
         try:

@@ -18,7 +18,7 @@ import re
 import time
 from typing import Any
 
-from anomaly_seg_ros.cuda import describe_gpu, Gpu, missing_cuda
+from anomaly_seg_ros.cuda import describe_gpu, Gpu, missing_cuda, select_gpu
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.model_card import ModelCard, ModelFile
@@ -159,7 +159,7 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
         A model file; its precision is the engine's.
     output
         The ``.engine`` to write; ``.engine.json`` comes beside it. Both are written only when
-        everything has succeeded.
+        the engine is found good.
     settings
         How to build it.
     progress
@@ -168,8 +168,9 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
     Raises
     ------
     UserError
-        If TensorRT or the GPU is missing, an operator is not supported, memory runs out, the
-        timing cache is damaged, or the engine does not have the precision that the card claims.
+        If TensorRT or the GPU is missing, ``model`` is an engine, ``output`` is not named like
+        one, an operator is not supported, memory runs out, the timing cache is damaged, or the
+        engine does not have the precision that the card claims.
 
     """
     settings = settings or EngineSettings()
@@ -179,8 +180,15 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
                         'on the machine with the GPU that it is for.')
     import tensorrt as trt
 
-    refuse_cpu_int8(model)
+    if model.path.suffix == '.engine':
+        raise UserError(f'{model.path}: this is an engine already, of the GPU that it was built '
+                        'on. Give the .onnx that it was built from.')
     output = Path(output)
+    if output.suffix != '.engine':
+        raise UserError(f'{output}: an engine is read by its name, which must end in .engine, '
+                        f'such as {output.with_suffix(".engine").name}')
+    refuse_cpu_int8(model)
+    select_gpu(settings.device)
     gpu = describe_gpu(settings.device)
     log = make_logger(trt)
     builder = trt.Builder(log)
@@ -201,9 +209,9 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
     data = bytes(plan)
     layers = _check_plan(trt, log, data, model)
     key = key_for(model, trt.__version__, gpu, settings.hardware_compatibility)
+    _write(output, key, model.card, layers, data)
     if cache is not None and settings.timing_cache is not None:
         atomic_write_bytes(settings.timing_cache, bytes(cache.serialize()))
-    _write(output, key, model.card, layers, data)
     return Engine(output, key, model.card, layers, data)
 
 
@@ -305,6 +313,18 @@ def tensorrt_graph(data: bytes) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def float32_products(data: bytes) -> int:
+    """Count the products of float32 matrices in an ONNX graph, such as the score's of masks."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load_from_string(data)).graph
+    types = {port.name: port.type.tensor_type.elem_type
+             for port in (*graph.input, *graph.output, *graph.value_info)}
+    types.update((constant.name, constant.data_type) for constant in graph.initializer)
+    return sum(types.get(node.input[0]) == onnx.TensorProto.FLOAT for node in graph.node
+               if node.op_type in ('Conv', 'ConvTranspose', 'Einsum', 'Gemm', 'MatMul'))
+
+
 def make_logger(trt: Any) -> Any:
     """Return a TensorRT logger that keeps warnings and errors for messages of our own."""
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -400,7 +420,13 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
 def _load_timing_cache(config: Any, path: Path | None) -> Any:
     if path is None:
         return None
-    data = path.read_bytes() if path.exists() else b''
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b''
+    except OSError as error:
+        raise UserError(f'{path}: the timing cache cannot be read ({error.strerror}). Give '
+                        'another file, or leave --timing-cache out.') from error
     cache = config.create_timing_cache(data)
     if cache is None or not config.set_timing_cache(cache, False):
         raise UserError(f'{path}: damaged, or a timing cache of another TensorRT or GPU. Delete '
@@ -428,9 +454,12 @@ def _check_plan(trt: Any, log: Any, data: bytes, model: ModelFile) -> dict[str, 
     layers = layer_precisions(engine.create_engine_inspector().get_engine_information(
         trt.LayerInformationFormat.JSON))
     claimed = model.card.precision
-    # Quantised graphs keep some layers in float by design.
-    wrong = ({} if claimed == 'int8' and layers.get('int8') else
-             {name: count for name, count in layers.items() if name != claimed})
+    wrong = {name: count for name, count in layers.items() if name != claimed}
+    if claimed == 'int8' and layers.get('int8'):
+        wrong = {}  # quantised graphs keep some layers in float by design
+    elif claimed == 'fp16' and layers.get('fp16') \
+            and wrong.get('fp32', 0) <= float32_products(model.data):
+        wrong.pop('fp32', None)
     if wrong or not layers:
         raise UserError(
             f'{model.path}: the card says {claimed}, but the layers of the engine compute in '

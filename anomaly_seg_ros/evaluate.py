@@ -53,11 +53,14 @@ NO_LABELS = 'no frame has ground-truth labels'
 # The bag of replay's answers, in a folder of results.
 RESULT_BAG = 'result_bag'
 
+_RESULTS = ('metrics.json', 'per_frame.csv', 'report.html')
+
 # In a folder of results: what lies there for the time of a run, or to be kept.
 _FOLDERS = ('scores', 'masks', 'scores_unlabelled', '.thumbnails')
 _RESULT_BAGS = (RESULT_BAG, f'{RESULT_BAG}.incomplete')
+_MARK = '.anomaly_seg_run'
 #: Mark -> sub-folders that are this program's where the mark lies: a new run may clear them.
-RUN_FOLDERS = {'.anomaly_seg_run': (*_FOLDERS, *_RESULT_BAGS)}
+RUN_FOLDERS = {_MARK: (*_FOLDERS, *_RESULT_BAGS)}
 
 _PICTURE_WIDTH = 640
 
@@ -296,7 +299,7 @@ class Recorder:
     def _clear(self) -> None:
         """Remove an older run's results."""
         try:
-            for name in ('metrics.json', 'per_frame.csv', 'report.html'):
+            for name in _RESULTS:
                 (self.output / name).unlink(missing_ok=True)
             for folder in (*self._folders, *self._result_bags):
                 if folder.exists():
@@ -544,7 +547,19 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
     dict
         The content of metrics.json.
 
+    Raises
+    ------
+    UserError
+        If ``output`` holds the results of a run of a model, which know more, or as
+        ``score_metrics``.
+
     """
+    output = Path(output)
+    if (output / _MARK).exists():
+        results = [output / name for name in _RESULTS if (output / name).exists()]
+        if results:
+            raise UserError(f'{results[0]}: is of a run that knows labels and latencies too, and '
+                            'would be overwritten. Choose another output folder.')
     result = score_metrics(StoredScores(scores, masks), track=track, workers=workers,
                            keep_going=keep_going, ray=ray,
                            progress=None if progress is None else
@@ -561,7 +576,6 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
         'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
         'versions': versions(), 'machine': machine(), 'problems': list(result.skipped),
         'finished': time.strftime('%Y-%m-%dT%H:%M:%S%z')}
-    output = Path(output)
     write_per_frame(output / 'per_frame.csv', [
         {'frame_id': row.frame_id, **_frame_columns(row)} for row in result.per_frame])
     atomic_write_text(output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
@@ -610,8 +624,9 @@ def _frame_columns(row: FrameRow) -> dict[str, Any]:
 
 
 def file_name(frame_id: str) -> str:
-    """Return a file name for a frame id, which may hold slashes."""
-    return frame_id.replace('%', '%25').replace('/', '%2F')
+    """Return a file name for a frame id: it may hold slashes, or begin as hidden files do."""
+    name = frame_id.replace('%', '%25').replace('/', '%2F')
+    return f'%2E{name[1:]}' if name.startswith('.') else name
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import atomic_write_bytes
 from anomaly_seg_ros.fused import score_parameters
 from anomaly_seg_ros.graph_variants import check_half
-from anomaly_seg_ros.model_card import RESIZES
+from anomaly_seg_ros.model_card import LARGEST_SIDE, RESIZES
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
 from anomaly_seg_ros.parity import compare, Difference, LIMITS
@@ -255,6 +255,10 @@ def _check_request(request: ExportRequest, frames: Iterable[np.ndarray] | None,
             raise UserError('a device graph is made for one camera: give --frame-size HxW')
         if request.precision == 'int8':
             raise UserError('int8 is made as a host graph only; choose --input-variant host')
+    for size_hw in (request.input_size_hw, request.frame_size_hw or ()):
+        if not all(0 < side <= LARGEST_SIDE for side in size_hw):
+            raise UserError(f'{"x".join(map(str, size_hw))}: height and width must be 1 to '
+                            f'{LARGEST_SIDE} pixels')
     if not (np.isfinite(request.temperature) and request.temperature > 0):
         raise UserError(f'temperature must be positive, got {request.temperature}')
     if request.resize not in (None, *RESIZES):

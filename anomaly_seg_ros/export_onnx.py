@@ -6,8 +6,9 @@ The head is written with operators that mean the same in every opset from 13 on,
 graph stays as it is. Its score is compared with the formula in float64 before a file is kept.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+import hashlib
 from itertools import count, islice
 from pathlib import Path
 import time
@@ -26,6 +27,9 @@ import numpy as np
 
 MIN_OPSET = 13
 SCORES = ('energy', 'entropy', 'max_logit', 'msp')
+# With those called QLinear..., operators that compute in integers.
+INTEGER_OPERATORS = ('QuantizeLinear', 'DynamicQuantizeLinear', 'ConvInteger', 'MatMulInteger',
+                     'QGemm')
 _AXES_AS_INPUT = 18  # ReduceMax takes its axes as an input from this opset on
 
 
@@ -115,8 +119,9 @@ def export_onnx(request: OnnxExportRequest, output: Path | str,
     if not (np.isfinite(request.temperature) and request.temperature > 0):
         raise UserError(f'temperature must be positive, got {request.temperature}')
     model = _load(request.weights)
+    renamed = _free_names(model.graph)
     size_hw = _fix_input(model, request)
-    logits = _choose_logits(model, request)
+    logits = _choose_logits(model, request, renamed)
     card = _draft_card(request, model, size_hw)
     images = list(islice(check_frames() if frames is None else frames, MAX_CHECK_FRAMES))
     if not images:
@@ -196,7 +201,9 @@ def _fix_input(model: Any, request: OnnxExportRequest) -> tuple[int, int]:
     tensor = image.type.tensor_type
     shape = [d.dim_value if d.HasField('dim_value') else None for d in tensor.shape.dim]
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    # 3 at the end where the second is open: channels last, as TensorFlow has them.
     if len(shape) != 4 or shape[0] not in (1, None) or shape[1] not in (3, None) \
+            or (shape[1] is None and shape[3] == 3) \
             or tensor.elem_type not in floats:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
         raise UserError(f'{request.weights}: expected a float input (1, 3, H, W), got {kind} '
@@ -211,13 +218,7 @@ def _fix_input(model: Any, request: OnnxExportRequest) -> tuple[int, int]:
     height, width = int(str(size[0])), int(str(size[1]))
     half = tensor.elem_type == onnx.TensorProto.FLOAT16
     inner = '_image_float16' if half else 'image'
-    for node in graph.node:
-        if 'image' in node.output:
-            raise UserError(f'{request.weights}: a tensor inside is called "image", the name that '
-                            'the input gets. Rename it.')
-        for index, name in enumerate(node.input):
-            if name == image.name:
-                node.input[index] = inner
+    _rename(graph, {image.name: inner})
     if half:
         graph.node.insert(0, onnx.helper.make_node('Cast', ['image'], [inner],
                                                    to=onnx.TensorProto.FLOAT16))
@@ -227,27 +228,59 @@ def _fix_input(model: Any, request: OnnxExportRequest) -> tuple[int, int]:
     return height, width
 
 
-def _choose_logits(model: Any, request: OnnxExportRequest) -> str:
-    outputs = [x.name for x in model.graph.output]
+def _free_names(graph: Any) -> dict[str, str]:
+    """Rename what is called as the model file's ports will be; return the names before and now."""
+    taken = _names(graph)
+    names: dict[str, str] = {}
+    for name in ('image', 'labels', 'anomaly'):
+        if name in taken:
+            candidates = (f'{name}_{number}' for number in count(1))
+            names[name] = next(new for new in candidates if new not in taken)
+    _rename(graph, names)
+    return names
+
+
+def _rename(graph: Any, names: Mapping[str, str]) -> None:
+    """Rename tensors, in the bodies of If, Loop and Scan too."""
+    for part in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        part.name = names.get(part.name, part.name)
+    for node in graph.node:
+        for ports in (node.input, node.output):
+            for index, name in enumerate(ports):
+                ports[index] = names.get(name, name)
+        for body in _bodies(node):
+            _rename(body, names)
+
+
+def _names(graph: Any) -> set[str]:
+    """Return the names of all tensors, also of those in the bodies of If, Loop and Scan."""
+    names = {x.name for x in (*graph.input, *graph.output, *graph.initializer, *graph.value_info)}
+    for node in graph.node:
+        names.update(node.input, node.output, *map(_names, _bodies(node)))
+    return names
+
+
+def _bodies(node: Any) -> list[Any]:
+    return [body for attribute in node.attribute for body in
+            [*attribute.graphs, *([attribute.g] if attribute.HasField('g') else [])]]
+
+
+def _choose_logits(model: Any, request: OnnxExportRequest, renamed: Mapping[str, str]) -> str:
+    before = {new: old for old, new in renamed.items()}
+    outputs = [before.get(x.name, x.name) for x in model.graph.output]
     name = request.logits or (outputs[0] if len(outputs) == 1 else None)
     tensors = {x for node in model.graph.node for x in node.output}
-    if name is None or name not in tensors:
+    if name is None or renamed.get(name, name) not in tensors:
         wrong = f'no tensor {name!r}' if name else 'more than one output'
         raise UserError(f'{request.weights}: {wrong}; say which tensor holds the logits: '
                         f'--logits NAME, one of the outputs {", ".join(outputs)} or a tensor '
                         'inside')
-    return str(name)
+    return renamed.get(name, name)
 
 
 def _draft_card(request: OnnxExportRequest, model: Any, size_hw: tuple[int, int]) -> ModelCard:
     import onnx
 
-    types = {x.data_type for x in model.graph.initializer}
-    precision = 'fp32'
-    if any(node.op_type == 'QuantizeLinear' for node in model.graph.node):
-        precision = 'int8'
-    elif onnx.TensorProto.FLOAT16 in types:
-        precision = 'fp16'
     classes = request.classes
     drivable = drivable_classes(classes) if request.drivable is None else request.drivable
     try:
@@ -257,8 +290,8 @@ def _draft_card(request: OnnxExportRequest, model: Any, size_hw: tuple[int, int]
             input_size_hw=size_hw, output_size_hw=size_hw, score=request.score, threshold=0.0,
             threshold_source='', score_range=(0.0, 1.0), void_index=request.void_index,
             resize=request.resize, channel_order=request.channel_order, mean=request.mean,
-            std=request.std, temperature=request.temperature, precision=precision,
-            weights_source=request.weights.name, weights_sha256=sha256_file(request.weights),
+            std=request.std, temperature=request.temperature, precision=_precision(model.graph),
+            weights_source=request.weights.name, weights_sha256=_digest(request.weights),
             licence=request.licence,
             provenance={'anomaly_seg_ros': __version__, 'onnx': onnx.__version__,
                         'opset': _opset(model), 'producer': f'{model.producer_name} '
@@ -266,6 +299,37 @@ def _draft_card(request: OnnxExportRequest, model: Any, size_hw: tuple[int, int]
                         'exported': time.strftime('%Y-%m-%d')})
     except ValueError as error:
         raise UserError(f'these values do not make a model card: {error}') from error
+
+
+def _precision(graph: Any) -> str:
+    """Tell in which arithmetic a graph computes: any integers, any float16, else float32."""
+    import onnx
+
+    if any(node.op_type in INTEGER_OPERATORS or node.op_type.startswith('QLinear')
+           for node in graph.node):
+        return 'int8'
+    constants = [*graph.initializer, *(attribute.t for node in graph.node
+                                       if node.op_type == 'Constant'
+                                       for attribute in node.attribute)]
+    half = any(x.data_type == onnx.TensorProto.FLOAT16 for x in constants)
+    return 'fp16' if half else 'fp32'
+
+
+def _digest(path: Path) -> str:
+    """Return the SHA-256 of the file, or of it and the files of its external data after it."""
+    import onnx
+
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    files = sorted({entry.value for x in tensors for entry in x.external_data
+                    if entry.key == 'location'})
+    if not files:
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in (path, *(path.parent / name for name in files)):
+        with file.open('rb') as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _run_logits(model: Any, logits: str, inputs: Sequence[np.ndarray],
@@ -325,8 +389,7 @@ def append_head(model: Any, logits: str | Sequence[str], request: OnnxExportRequ
     from onnx import helper, numpy_helper, TensorProto
 
     graph, opset = model.graph, _opset(model)
-    taken = {x.name for x in (*graph.input, *graph.initializer, *graph.value_info)}
-    taken.update(name for node in graph.node for name in node.output)
+    taken = _names(graph)
 
     def new_name(stem: str, first: int) -> str:
         # An older head may have left part of itself: the graph may be one of this function's.
@@ -433,8 +496,7 @@ def drop_unused(graph: Any) -> None:
 def _inner_inputs(node: Any) -> set[str]:
     """Return what the bodies of If, Loop and Scan take from outside."""
     names: set[str] = set()
-    for attribute in node.attribute:
-        for body in [*attribute.graphs, *([attribute.g] if attribute.HasField('g') else [])]:
-            for inner in body.node:
-                names |= set(inner.input) | _inner_inputs(inner)
+    for body in _bodies(node):
+        for inner in body.node:
+            names |= set(inner.input) | _inner_inputs(inner)
     return names

@@ -28,7 +28,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+        # Not the whole name: one as long as file systems take must fit.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name[:40]}.',
+                                        suffix='.tmp')
     except OSError as error:
         raise _cannot_write(path, error) from error
     os.close(handle)

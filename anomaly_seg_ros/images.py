@@ -422,17 +422,19 @@ def _decode_jpeg(encoded: np.ndarray, size_hw: tuple[int, int],
                    for full, need in zip(size_hw, reduce_to_hw, strict=True)):
                 factor = candidate
     if _has_simplejpeg():
-        import simplejpeg  # type: ignore[import-untyped,unused-ignore]
+        decoded_hw = (size_hw[0] // factor, size_hw[1] // factor)
+        into = None if buffer is None else buffer.array((*decoded_hw, 3))
         try:
-            decoded_hw = (size_hw[0] // factor, size_hw[1] // factor)
-            smallest = {} if factor == 1 else dict(zip(('min_height', 'min_width'), decoded_hw,
-                                                       strict=True))
-            pixels = simplejpeg.decode_jpeg(
-                encoded, 'BGR', min_factor=factor, **smallest,
-                buffer=None if buffer is None else buffer.array((*decoded_hw, 3)))
+            pixels = _decode_strictly(encoded, decoded_hw, factor, into)
         except ValueError as error:
-            raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}).',
-                           'Check the publisher or the recording.') from error
+            plain = _plain_jpeg(encoded)
+            try:
+                if plain is None:
+                    raise
+                pixels = _decode_strictly(plain, decoded_hw, factor, into)
+            except ValueError:
+                raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}).',
+                               'Check the publisher or the recording.') from error
         return DecodedImage(pixels, 'bgr', size_hw)
     if not _is_whole_jpeg(encoded):
         raise BadImage(f'JPEG of {encoded.size} bytes is cut off: no end marker.',
@@ -444,6 +446,50 @@ def _decode_jpeg(encoded: np.ndarray, size_hw: tuple[int, int],
         raise BadImage(f'JPEG of {encoded.size} bytes is damaged.',
                        'Check the publisher or the recording.')
     return DecodedImage(decoded, 'bgr', size_hw)
+
+
+def _decode_strictly(encoded: np.ndarray, decoded_hw: tuple[int, int], factor: int,
+                     into: np.ndarray | None) -> np.ndarray:
+    """Decode to BGR with simplejpeg; ValueError at libjpeg's first warning."""
+    import simplejpeg  # type: ignore[import-untyped,unused-ignore]
+    smallest = {} if factor == 1 else dict(zip(('min_height', 'min_width'), decoded_hw,
+                                               strict=True))
+    pixels: np.ndarray = simplejpeg.decode_jpeg(encoded, 'BGR', min_factor=factor, **smallest,
+                                                buffer=into)
+    return pixels
+
+
+def _plain_jpeg(encoded: np.ndarray) -> np.ndarray | None:
+    """
+    Return a JPEG with the same pixels but without what libjpeg merely warns of; None if none is.
+
+    Some cameras pad with zeros before the end marker, and some encoders write a JFIF version, an
+    Adobe transform, scan parameters or a colour profile that libjpeg warns of and passes over. A
+    warning hides whatever else is wrong, so this mends the data as libjpeg reads it, to be decoded
+    strictly again.
+    """
+    data, sequential = bytearray(encoded), False
+    transform = 2 if _jpeg_frame(encoded).channels == 4 else 1
+    for marker, position in _jpeg_segments(encoded):
+        end = position + int.from_bytes(encoded[position:position + 2].tobytes(), 'big')
+        name = data[position + 2:position + 7]
+        if marker == 0xd9:
+            scans = data[:position - 2].rstrip(b'\0')
+            # A zero behind 0xFF belongs to the code.
+            del data[len(scans) + scans.endswith(b'\xff'):position - 2]
+        elif end > len(data):
+            break
+        elif marker == 0xe0 and name == b'JFIF\0' and end >= position + 16:
+            data[position + 7] = 1
+        elif marker == 0xee and name == b'Adobe' and end >= position + 14:
+            if data[position + 13] not in (0, transform):
+                data[position + 13] = transform
+        elif marker == 0xe2 and name == b'ICC_P':
+            data[position + 2] = 0
+        elif marker == 0xda and sequential and end >= position + 6:
+            data[end - 3:end] = b'\0\x3f\0'
+        sequential = sequential or marker in (0xc0, 0xc1)
+    return None if data == encoded.data else np.frombuffer(data, np.uint8)
 
 
 def _jpeg_segments(encoded: np.ndarray) -> Iterator[tuple[int, int]]:

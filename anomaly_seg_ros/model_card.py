@@ -11,6 +11,7 @@ CARD_SCHEMA = 1
 INPUT_VARIANTS = ('host', 'device')
 PRECISIONS = ('fp32', 'fp16', 'int8')
 RESIZES = ('antialiased', 'bilinear')
+LARGEST_SIDE = 16384  # pixels of an image
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ class ModelCard:
         for name in ('input_size_hw', 'output_size_hw', 'frame_size_hw'):
             size = getattr(self, name)
             if size is not None and (len(size) != 2 or not all(
-                    isinstance(v, int) and 0 < v <= 16384 for v in size)):
-                raise ValueError(f'{name} must be two positive integers, got {size}')
+                    isinstance(v, int) and 0 < v <= LARGEST_SIDE for v in size)):
+                raise ValueError(f'{name} must be two integers from 1 to {LARGEST_SIDE}, '
+                                 f'got {size}')
         if self.input_variant not in INPUT_VARIANTS:
             raise ValueError(f'input_variant must be one of {INPUT_VARIANTS}, '
                              f'got {self.input_variant!r}')

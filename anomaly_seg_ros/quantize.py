@@ -21,6 +21,7 @@ from pathlib import Path
 import tempfile
 from typing import Any, TYPE_CHECKING
 
+from anomaly_seg_ros.classes import label_ids
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.integer_graph import (
     normalisations_as_convolutions, split_normalisations, transposed_as_convolutions)
@@ -152,7 +153,8 @@ def _builder(model: Any, ranges: Any, target: str) -> Callable[[Collection[str]]
             activation_qType=kind.QUInt8 if cpu else kind.QInt8, tensors_range=ranges,
             nodes_to_quantize=list(names), nodes_to_exclude=[],
             op_types_to_quantize=[*TARGETS[target], *BETWEEN],
-            extra_options={'ActivationSymmetric': not cpu})
+            # TensorRT takes a bias in float only; that of ONNX Runtime would be int32.
+            extra_options={'ActivationSymmetric': not cpu, 'QuantizeBias': cpu})
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         data: bytes = quantizer.model.model.SerializeToString()
@@ -225,15 +227,15 @@ def check_drop(reference: bytes, graph: bytes, card: ModelCard, dataset: 'Sequen
     Raises
     ------
     UserError
-        If one of them falls by more than ``maximum_drop``, or the data set has neither anomaly
-        masks nor labels.
+        If one of them falls by more than ``maximum_drop``, a score is not finite, or the data set
+        has neither anomaly masks nor labels of the model's classes.
 
     """
     before, after = (_metrics(ModelFile(Path(name), '', card, seal_model(data, card)), dataset)
                      for name, data in (('float32 graph', reference), ('int8 graph', graph)))
     if not before:
-        raise UserError('the data set of the int8 gate has neither anomaly masks nor labels; give '
-                        'one with ground truth')
+        raise UserError('the data set of the int8 gate has neither anomaly masks nor labels of '
+                        "the model's classes; give one with ground truth")
     drop = {name: before[name] - after[name] for name in before}
     if any(value > maximum_drop for value in drop.values()):
         figures = ', '.join(f'{name} {before[name]:.4f} -> {after[name]:.4f}' for name in before)
@@ -247,22 +249,30 @@ def check_drop(reference: bytes, graph: bytes, card: ModelCard, dataset: 'Sequen
 def _metrics(model: ModelFile, dataset: 'Sequence[Frame]') -> dict[str, float]:
     """Return what of average_precision and miou the data set's ground truth allows."""
     from anomaly_seg_ros.backends import open_backend
-    from anomaly_seg_ros.pipeline import Pipeline
+    from anomaly_seg_ros.pipeline import BadOutput, Pipeline
 
     positives, negatives = PositiveScores(), []
     confusion = ConfusionMatrix(model.card.classes)
     labelled = False
+    try:
+        ids = label_ids(model.card.classes, getattr(dataset, 'class_set', None))
+    except UserError:
+        ids = None  # labels of other classes say nothing
     with open_backend(model, 'cpu') as backend:
         pipeline = Pipeline(backend)
         for frame in _frames(dataset):
-            detection = pipeline(frame.image_rgb)
+            try:
+                detection = pipeline(frame.image_rgb)
+            except BadOutput as error:
+                raise UserError(f'{model.path}: frame {frame.frame_id} of the int8 gate: {error}. '
+                                'Export another score, or fp32.') from error
             if frame.anomaly_mask is not None:
                 split = split_scores(detection.anomaly, frame.anomaly_mask, frame.frame_id)
                 positives.update(split.positives)
                 negatives.append(split.negatives)
-            if frame.labels is not None:
+            if frame.labels is not None and ids is not None:
                 labelled = True
-                confusion.update(detection.labels, frame.labels, frame.frame_id)
+                confusion.update(detection.labels, ids[frame.labels], frame.frame_id)
     metrics: dict[str, float] = {}
     if negatives:
         counts = NegativeCounts(positives.result()[0])

@@ -103,7 +103,7 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
                             'another --output.')
     recorder = Recorder(output, model_file.card, save_scores=options.save_scores,
                         track=options.track or reader.track, class_set=reader.class_set)
-    counts: dict[str, Any] = {'dropped': 0}
+    counts: dict[str, Any] = {'dropped': 0, 'backend': {}}
     answers = (_through_node if options.through_node else _offline)(
         reader, model_file, settings, options, counts)
     with recorder.keeping(), _result_bag(recorder.output, options) as results:
@@ -134,10 +134,11 @@ def _offline(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
         pipeline = Pipeline(device, settings)
         warm = None
         for frame in _frames(reader, options.limit):
-            if frame.image_rgb.shape != warm:
-                warm = frame.image_rgb.shape
-                pipeline.warm_up(warm[:2])
+            size_hw = frame.image_rgb.shape[:2]
             try:
+                if size_hw != warm:
+                    warm = size_hw
+                    pipeline.warm_up(size_hw)
                 yield frame, _answer(pipeline, frame)
             except (UserError, BadOutput) as error:
                 raise UserError(f'frame {frame.frame_id}: {error}') from error

@@ -55,10 +55,12 @@ def entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     ``p * log p`` is NaN where p underflows.
     """
     shifted, weights, rest = _exponentials(logits, temperature)
-    # ln(1 + rest) = 2 artanh(rest / (2 + rest)); ONNX has no log1p, and ln of the sum would lose
-    # the digits of a small rest.
-    logarithm = 2 * (rest / (2 + rest)).atanh()
-    return logarithm - (weights * shifted).sum(dim=1) / (1 + rest)
+    total = 1 + rest
+    # ln(1 + rest): ln of the sum would lose the digits of a small rest, ONNX has no log1p, and
+    # ONNX Runtime no artanh on GPUs. So Kahan's, in which the sum's rounding cancels out.
+    rounded = total - 1
+    logarithm = rest.where(rounded == 0, rest * total.log() / rounded)
+    return logarithm - (weights * shifted).sum(dim=1) / total
 
 
 def energy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':

@@ -45,7 +45,7 @@ def write_smiyc_submission(score_folders: Iterable[Path | str], output: Path | s
     ------
     UserError
         If a name, a folder or a score map is not usable: not finite, or outside the range of
-        float16, where its order would be lost.
+        float16, where its order would be lost; or if the folder to write holds other frames.
 
     """
     import h5py
@@ -66,6 +66,13 @@ def write_smiyc_submission(score_folders: Iterable[Path | str], output: Path | s
                 raise UserError(f'{path}: frame {path.stem} is in {maps[path.stem].parent} too; '
                                 'give each frame once')
             maps[path.stem] = path
+    folder = Path(output) / 'anomaly_p' / method / dataset
+    others = sorted(path.name for path in folder.glob('[!.]*.hdf5') if path.stem not in maps)
+    if others:
+        raise UserError(f'{folder}: holds {len(others)} files of other frames '
+                        f'({", ".join(others[:3])}{", ..." if len(others) > 3 else ""}), which '
+                        'would be submitted too. Remove them, choose another folder, or give all '
+                        'folders of score maps at once.')
     written = []
     for name, path in sorted(maps.items()):
         scores = read_npy(path)
@@ -78,7 +85,7 @@ def write_smiyc_submission(score_folders: Iterable[Path | str], output: Path | s
         if not (np.isfinite(scores).all() and -limit <= low and high <= limit):
             raise UserError(f'{path}: scores reach from {low} to {high}, beyond float16 or not '
                             'finite; use a bounded score, or scale it')
-        target = Path(output) / 'anomaly_p' / method / dataset / f'{name}.hdf5'
+        target = folder / f'{name}.hdf5'
         with atomic_write(target) as temporary, h5py.File(temporary, 'w') as file:
             file.create_dataset('value', data=scores.astype(np.float16), compression=9)
         written.append(target)

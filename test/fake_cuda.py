@@ -43,6 +43,7 @@ class FakeCuda:
         self.calls: Counter[str] = Counter()
         self.memory: dict[int, Any] = {}
         self.capacity = 1 << 40
+        self.devices, self.device = 1, 0
         self.recording: list[Callable[[], None]] | None = None
         self.gpu = SimpleNamespace(name=b'Fake GPU\0\0', major=8, minor=7, totalGlobalMem=1 << 33)
 
@@ -61,9 +62,10 @@ class FakeCuda:
         return OK, ctypes.addressof(buffer)
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
-        return OK, 1
+        return OK, self.devices
 
     def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
+        self.device = device
         return (OK,)
 
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:

@@ -79,6 +79,7 @@ class State:
     refuse_graph: str | None = None
     no_context: bool = False
     layer_format: str | None = None
+    more_layers: tuple[dict[str, Any], ...] = ()
     seen: dict[str, Any] = field(default_factory=dict)
 
 
@@ -147,6 +148,7 @@ def make(state: State) -> dict[str, Any]:
 
         def build_serialized_network(self, network: Any, config: Any) -> IHostMemory | None:
             state.seen['config'] = config
+            state.seen['built on'] = state.cuda.device
             if state.build_error is not None:
                 self.logger.log(Severity.ERROR, state.build_error)
                 return None
@@ -166,7 +168,8 @@ def make(state: State) -> dict[str, Any]:
             layers = [{'Name': 'conv', 'LayerType': 'CaskConvolution',
                        'Inputs': [{'Name': 'x', 'Format/Datatype': kind}]},
                       {'Name': 'cast', 'LayerType': 'Reformat',
-                       'Inputs': [{'Name': 'y', 'Format/Datatype': 'Row major linear FP32'}]}]
+                       'Inputs': [{'Name': 'y', 'Format/Datatype': 'Row major linear FP32'}]},
+                      *state.more_layers]
             return IHostMemory(json.dumps({'ports': ports, 'layers': layers,
                                            'profile': state.seen.get('profile')}).encode())
 
@@ -264,6 +267,7 @@ def make(state: State) -> dict[str, Any]:
             self.logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+            state.seen['loaded on'] = state.cuda.device
             if state.load_error is not None:
                 self.logger.log(Severity.ERROR, state.load_error)
                 return None

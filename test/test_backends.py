@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every backend that this machine can run gives PyTorch's numbers; the others say why not."""
 
+import importlib.util
 import logging
 from pathlib import Path
+from typing import Any
 
 from anomaly_seg_ros import backends
 from anomaly_seg_ros.backends import AUTO_ORDER, available_backends, BACKENDS, open_backend
-from anomaly_seg_ros.backends.onnxruntime import open_session, session_options
+from anomaly_seg_ros.backends.onnxruntime import installed_twice, open_session, session_options
 from anomaly_seg_ros.backends.onnxruntime_gpu import placement
 from anomaly_seg_ros.backends.openvino import _replace_image_pooling
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.export import export_model, ExportRequest
-from anomaly_seg_ros.model_file import load_model_file, write_model_file
+from anomaly_seg_ros.model_file import load_model_file, ModelFile, write_model_file
 from anomaly_seg_ros.networks import NETWORKS
 from anomaly_seg_ros.ports import input_port, output_ports
 from anomaly_seg_ros.preprocess import Preprocessor
 from cards import card, identity_graph, identity_model
+import fake_cuda
 import numpy as np
+from onnx import helper
 import pytest
 import small_network
 from small_network import frames, small_model, small_weights  # noqa: F401
@@ -112,6 +116,35 @@ def test_auto_takes_the_fastest_available_and_says_so(
         assert f'not {name}: {reasons[name]}' in caplog.text
 
 
+def unpooling_model(path: Path) -> ModelFile:
+    """Return a model with an operator that ONNX Runtime has and OpenVINO has not."""
+    model = identity_graph()
+    for node in model.graph.node:
+        node.input[0] = 'logits' if node.input[0] == 'image' else node.input[0]
+    half = {'kernel_shape': [2, 2], 'strides': [2, 2]}
+    model.graph.node.insert(0, helper.make_node('MaxUnpool', ['small', 'i'], ['logits'], **half))
+    model.graph.node.insert(0, helper.make_node('MaxPool', ['image'], ['small', 'i'], **half))
+    write_model_file(path, model.SerializeToString(), card())
+    return load_model_file(path)
+
+
+def test_auto_goes_on_where_a_backend_fails_to_open(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning that says why; where none opens, the error has every reason."""
+    pytest.importorskip('openvino')
+    monkeypatch.setattr(backends, 'AUTO_ORDER', ('openvino', 'cpu'))
+    with open_backend(unpooling_model(tmp_path / 'm.onnx'), 'auto', threads=1) as backend:
+        assert backend.name == 'cpu'
+    (record,) = [x for x in caplog.records if x.name == 'anomaly_seg_ros.backends']
+    assert record.levelno == logging.WARNING
+    assert 'auto: cpu (not openvino: ' in record.message and 'MaxUnpool' in record.message
+    graph = identity_graph()
+    graph.graph.node[-1].op_type = 'Teleport'
+    write_model_file(tmp_path / 'm.onnx', graph.SerializeToString(), card())
+    with pytest.raises(UserError, match=r'no backend can run it here: openvino: .*; cpu: .*'):
+        open_backend(load_model_file(tmp_path / 'm.onnx'), 'auto')
+
+
 def test_auto_without_any_backend_says_why(tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """All reasons are given."""
@@ -141,6 +174,47 @@ def test_a_provider_that_is_not_in_this_build_is_an_error(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r'has no CUDAExecutionProvider, only .*onnxruntime-gpu'):
         open_session(identity_model(tmp_path / 'm.onnx'), session_options(1),
                      [('CUDAExecutionProvider', {})])
+
+
+def test_two_onnxruntimes_in_one_folder_are_named(tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what pip has recorded, with the way out."""
+    if installed_twice() or importlib.util.find_spec('onnxruntime') is None:
+        pytest.skip('they are not as usual here')
+    folder = tmp_path / 'onnxruntime_gpu-1.31.1.dist-info'
+    folder.mkdir()
+    (folder / 'METADATA').write_text('Metadata-Version: 2.1\nName: onnxruntime-gpu\n'
+                                     'Version: 1.31.1\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = identity_model(tmp_path / 'm.onnx')
+    if BACKENDS['cuda'].unavailable(model) is None:
+        pytest.skip('there is a GPU')
+    with pytest.raises(UserError, match='"pip uninstall onnxruntime onnxruntime-gpu", then'):
+        open_backend(model, 'cuda')
+    with pytest.raises(UserError, match='"pip uninstall onnxruntime onnxruntime-gpu", then'):
+        open_session(model, session_options(1), [('CUDAExecutionProvider', {})])
+
+
+def test_a_gpu_backend_that_does_not_open_frees_its_memory(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason."""
+    import onnxruntime
+    if 'CUDAExecutionProvider' in onnxruntime.get_available_providers():
+        pytest.skip('this onnxruntime has CUDA')
+    cuda = fake_cuda.install(monkeypatch)
+    for name in ('CUDAExecutionProvider', 'TensorrtExecutionProvider'):
+        monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda name=name: [name])
+        (tmp_path / name).write_text('not a folder')
+        with pytest.raises(UserError):
+            open_backend(identity_model(tmp_path / 'm.onnx'),
+                         'cuda' if name.startswith('CUDA') else 'onnxruntime-tensorrt',
+                         cache=tmp_path / name)
+        assert cuda.calls['cudaMalloc'] and cuda.memory == {}
+    model = identity_model(tmp_path / 'm.onnx', precision='int8',
+                           parity={'int8': {'target': 'onnxruntime'}})
+    with pytest.raises(UserError, match='made for onnxruntime'):
+        open_backend(model, 'onnxruntime-tensorrt')
+    assert cuda.memory == {}
 
 
 def test_placement_counts_the_nodes_of_each_provider(tmp_path: Path) -> None:
@@ -231,6 +305,37 @@ def test_openvino_says_its_arithmetic(tmp_path: Path) -> None:
         open_backend(model, 'openvino', precision='int4')
     with pytest.raises(UserError, match=r'cannot compile it for NPU9'):
         open_backend(model, 'openvino', device='NPU9')
+
+
+@pytest.mark.parametrize(('device', 'chosen', 'said'), [
+    ('GPU', ['GPU.0'], 'GPU.0'), ('GPU.1', ['GPU.1'], 'GPU.1'), ('NPU', 'NPU', 'NPU'),
+    ('AUTO', ['CPU'], 'CPU'), ('GPU', ['CPU'], None), ('GPU.1', ['GPU.0'], None)])
+def test_openvino_runs_on_the_device_asked_for(
+        device: str, chosen: list[str] | str, said: str | None, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it names in several ways; another one is an error. Compiled for the CPU here."""
+    openvino = pytest.importorskip('openvino')
+    compile_model = openvino.Core.compile_model
+
+    class Compiled:
+        def __init__(self, core: Any, graph: Any, name: str, config: Any) -> None:
+            self._compiled = compile_model(core, graph, 'CPU', config)
+
+        def get_property(self, name: str) -> Any:
+            return chosen if name == 'EXECUTION_DEVICES' else self._compiled.get_property(name)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._compiled, name)
+
+    monkeypatch.setattr(openvino.Core, 'compile_model',
+                        lambda *arguments: Compiled(*arguments))
+    model = identity_model(tmp_path / 'm.onnx')
+    if said is None:
+        with pytest.raises(UserError, match=rf'asked for OpenVINO on {device}, it chose '):
+            open_backend(model, 'openvino', device=device)
+    else:
+        with open_backend(model, 'openvino', device=device) as backend:
+            assert backend.describe()['device'] == said
 
 
 def test_torch_wants_the_very_weights(small_model: Path, known: None,  # noqa: F811

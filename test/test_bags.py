@@ -536,6 +536,22 @@ def test_full_disk(tmp_path: Path, storage: str, small_files: Callable[[int], No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize('storage', STORAGES)
+def test_results_are_kept_on_a_full_disk(tmp_path: Path, storage: str,
+                                         small_files: Callable[[int], None]) -> None:
+    """``mcap recover`` finds in the file what was written before the disk was full."""
+    image = np.zeros((500, 500, 3), np.uint8)
+    small_files(2_000_000)
+    with pytest.raises(UserError, match=r'results: the bag cannot be written'), \
+            ResultBag(tmp_path / 'results', storage) as bag:
+        for stamp in range(8):
+            bag.write(stamp, 'front', image_rgb=image)
+    assert [path.name for path in tmp_path.iterdir()] == ['results.incomplete']
+    if storage == 'mcap':
+        kept = (tmp_path / 'results.incomplete' / 'results.mcap').read_bytes()
+        assert len(kept) == 2_000_000 and kept.count(b'front') == 3  # the last is cut off
+
+
 @pytest.mark.parametrize(('options', 'text'), [
     ({'rate_hz': 0.0}, 'rate_hz'), ({'rate_hz': 2e9}, 'rate_hz'), ({'start_ns': -1}, 'start_ns'),
     ({'start_ns': 2 ** 62}, 'start_ns'), ({'storage': 'rosbag'}, 'mcap, sqlite3'),

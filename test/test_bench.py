@@ -12,7 +12,7 @@ from anomaly_seg_ros.bench import bench, choose, Distribution, measure, Measurem
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.pipeline import STAGES
 from anomaly_seg_ros.ports import NetworkOutput
-from cards import identity_model
+from cards import device_model, identity_model
 import numpy as np
 from onnx import helper, numpy_helper, TensorProto
 import pytest
@@ -109,4 +109,7 @@ def test_unknown_names_and_counts_are_refused(tmp_path: Path) -> None:
         bench(path, frames=0)
     with pytest.raises(UserError, match='no images'):
         bench(path, images=[])
+    device = device_model(tmp_path / 'd.onnx').path
+    with pytest.raises(UserError, match='made for frames of 24x40, not 48x80'):
+        bench(device, names=['cpu'], frame_size_hw=(48, 80))
     assert table([Measurement('a', 'why')])[1] == ['a', 'not measured: why']

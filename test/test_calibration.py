@@ -2,12 +2,15 @@
 """Temperature and threshold against scipy and against their definitions."""
 
 from dataclasses import replace
+import hashlib
 import logging
 from pathlib import Path
 import sys
+from typing import Any
 
 from anomaly_seg_ros import calibration
 from anomaly_seg_ros.backends import open_backend
+from anomaly_seg_ros.backends.onnxruntime_gpu import tensorrt_options
 from anomaly_seg_ros.calibration import (
     _bare_graph, _Drawn, _LabelledPixels, _planes, best_f1, calibrate, CalibrationRequest,
     check_logits, minimise_nll, negative_log_likelihood, WeightedScores, with_temperature)
@@ -376,6 +379,46 @@ def test_labels_of_other_classes_fit_no_temperature(tiny_model: Path, tmp_path: 
     by_id = calibrate(tiny_model, source, tmp_path / 'out.onnx',
                       CalibrationRequest(temperature='fit'))
     assert by_name.temperature == by_id.temperature
+
+
+def test_a_model_of_another_temperature_has_a_digest_of_its_own(tmp_path: Path) -> None:
+    """What a backend builds and keeps for one model is not taken for another's."""
+    model = planes_model(tmp_path / 'planes.onnx')
+    model = replace(model, card=replace(model.card, score='energy'))
+    hotter, hottest = (with_temperature(model, value) for value in (2.0, 3.0))
+    assert hotter.sha256 == hashlib.sha256(hotter.data).hexdigest()
+    folders = {tensorrt_options(each, tmp_path, True)['trt_engine_cache_path']
+               for each in (model, hotter, hottest)}
+    assert len(folders) == 3
+    with pytest.raises(ValueError, match='no engine cache'):
+        tensorrt_options(replace(model, sha256=''), tmp_path, True)
+
+
+def test_an_engine_takes_no_other_temperature(tiny_model: Path, tmp_path: Path) -> None:
+    """It would be called stale, and building it again would not help."""
+    with pytest.raises(UserError, match='Calibrate with --backend cpu, then build the engine'):
+        calibrate(tiny_model, Labelled(1), tmp_path / 'x.onnx',
+                  CalibrationRequest(temperature='fit'), backend='tensorrt')
+
+
+def test_the_figures_before_are_those_of_the_cards_temperature(tiny_model: Path,
+                                                               tmp_path: Path) -> None:
+    """A second fit on the same frames changes nothing, and says so; threads are as asked."""
+    seen: list[int] = []
+
+    class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: bytes, options: Any = None, **others: Any) -> None:
+            seen.append(options.intra_op_num_threads)
+            super().__init__(model, options, **others)
+
+    calibrate(tiny_model, Labelled(), tmp_path / 'first.onnx', CalibrationRequest('fit'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, 'InferenceSession', Session)
+        card = calibrate(tmp_path / 'first.onnx', Labelled(), tmp_path / 'second.onnx',
+                         CalibrationRequest('fit'), threads=1)
+    figures = card.provenance['calibration']['temperature_fit']
+    assert figures['nll_before'] == pytest.approx(figures['nll_after'], rel=1e-6)
+    assert set(seen) == {1}
 
 
 def test_a_frame_a_device_model_does_not_take_is_named(small_benchmark: Path,

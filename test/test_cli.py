@@ -51,6 +51,8 @@ BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
 @pytest.mark.parametrize('arguments, said', [
     (['no-such-command'], 'no-such-command'), (['evaluate'], 'MODEL'),
     (['evaluate', 'm.onnx', '--limit', '0'], '--limit'),
+    ([*BENCHMARK, 'acdc', '--threads', '257'], '0<=x<=256'),
+    (['bench', 'm', '--threads', '257'], '0<=x<=256'),
     (['export', 'erfnet', '--weights', 'w', '--output', 'o', '--input-size', '512'], '512'),
     ([*EXPORT, 'erfnet', '--temperature', 'nan'], 'finite'),
     ([*EXPORT, 'erfnet', '--precision', 'int8', '--maximum-drop', 'nan'], 'finite'),
@@ -228,6 +230,28 @@ def test_inspect_prints_the_card(tiny_model: Path) -> None:
     card = json.loads(result.stdout)
     assert card['score'] == 'max_logit'
     assert card['input_size_hw'] == [64, 128]
+
+
+def test_inspect_shows_ports_and_whole_digests(tmp_path: Path) -> None:
+    """At 80 characters, where long words are folded, not cut."""
+    path = cards.identity_model(tmp_path / 'm.onnx').path
+    result = run('inspect', path)
+    assert result.returncode == 0, result.stderr
+    cells = [line.split('│')[2].strip() for line in result.stdout.splitlines() if '│' in line]
+    text = ''.join(cells)
+    assert 'image float32 1x3x24x40' in text and 'anomaly float32 1x24x40' in text
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in text and '…' not in text
+
+
+def test_bench_takes_the_frames_that_a_device_model_is_made_for(tmp_path: Path) -> None:
+    """The title says so; another size is refused."""
+    path = cards.device_model(tmp_path / 'm.onnx').path
+    options = ['bench', str(path), '--backend', 'cpu', '--frames', '1', '--warm-up', '0']
+    result = CliRunner().invoke(cli, options)
+    assert result.exit_code == 0, result.output
+    assert 'frames of 40x24' in ' '.join(result.output.split())
+    result = CliRunner().invoke(cli, [*options, '--frame-size', '48x80'])
+    assert isinstance(result.exception, UserError)
 
 
 def test_inspect_shows_the_card_also_where_it_does_not_run(tmp_path: Path) -> None:

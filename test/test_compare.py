@@ -113,6 +113,12 @@ def test_one_frame_has_no_pooled_interval(stored_frames, tmp_path):
     comparison = compare_runs(runs)
     assert [row.low for row in select(comparison, 'AP', 'pooled')] == [None, None]
     assert any('no figure has an interval' in note for note in comparison.notes)
+    for run in runs:
+        with open(run / 'per_frame.csv', 'a') as stream:
+            stream.write('no_mask,,\n')
+    comparison = compare_runs(runs)
+    assert [row.low for row in select(comparison, 'AP', 'pooled')] == [None, None]
+    assert any('fewer than two frames have ground truth' in note for note in comparison.notes)
 
 
 def test_component_figures_of_two_tracks_are_not_compared(tmp_path):
@@ -198,6 +204,23 @@ def test_pooled_intervals_agree_with_scikit_learn_on_the_same_resamples(
         assert (rows[1].difference_low, rows[1].difference_high) == pytest.approx(
             tuple(gaps), abs=tolerance)
     assert not any('no interval' in note for note in comparison.notes)
+
+
+def test_frames_without_a_mask_cost_no_interval(stored_frames, tmp_path):
+    comparisons = []
+    for kind, lines in ('masked', ''), ('some', 'no_mask,,\nvoid,0,0\n'):
+        (tmp_path / kind).mkdir()
+        runs = [stored_run(tmp_path / kind / name, frames, {
+            'pixel': {'average_precision': 0.5}, 'segmentation': {'miou': 0.5}})
+            for name, frames in zip('ab', stored_frames, strict=True)]
+        for run in runs:
+            with open(run / 'per_frame.csv', 'a') as stream:
+                stream.write(lines)
+        comparisons.append(compare_runs(runs, resamples=100))
+    masked, some = comparisons
+    assert select(some, 'AP', 'pooled') == select(masked, 'AP', 'pooled')
+    assert some.rows[0].low is not None and some.rows[0].frames == 12
+    assert select(some, 'mIoU', 'pooled')[0].frames == some.frames == 14
 
 
 def test_figures_of_bins_are_those_of_tied_scores():

@@ -79,6 +79,22 @@ def test_simple_layout(tmp_path: Path, name: str, ending: str) -> None:
             zip(dataset, (0, 1, 2, 10), strict=True)] == [True] * 4
 
 
+def test_masks_with_upper_case_endings_are_masks(tmp_path: Path) -> None:
+    """Names as in the test split, where they would else be images without ground truth."""
+    for track, frame in ('anomaly', 'cow1'), ('obstacle', 'motorway_1'):
+        root = tmp_path / track
+        write_pair(root, f'images/{frame}.JPG', f'labels_masks/{frame}.PNG', 0, 1, 255)
+        for split in (None, 'test', 'all'):
+            dataset = open_dataset(f'road_{track}_21', root, split=split)
+            expect(dataset, [frame], [0, 1, 255], None, 3)
+        save(root / 'labels_masks/else.png', codes(0))
+        with pytest.raises(UserError, match=r'else\.png: no image'):
+            open_dataset(f'road_{track}_21', root)
+    frame = 'aachen_000000_000019'
+    write_pair(tmp_path / 'flat', f'{frame}_leftImg8bit.PNG', f'{frame}_gtFine_labelIds.PNG', 7)
+    assert open_dataset('cityscapes', tmp_path / 'flat')[0].labels is not None
+
+
 def test_road_anomaly_21_official(tmp_path: Path) -> None:
     root = tmp_path / 'dataset_AnomalyTrack'
     for index in (0, 1):

@@ -12,6 +12,7 @@ from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
+from anomaly_seg_ros.compare import compare_runs
 from anomaly_seg_ros.datasets import Frame, FrameSource, open_dataset
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate, metrics_of_stored, percentiles
@@ -231,6 +232,19 @@ def test_folders_of_the_user_are_not_cleared(tiny_model: Path, small_benchmark: 
     assert len(list((tmp_path / 'out' / 'scores').iterdir())) == 2
 
 
+def test_metrics_do_not_overwrite_the_run_whose_scores_they_read(tmp_path: Path) -> None:
+    """Beside the scores lies what the run alone knows; its own results ``metrics`` does renew."""
+    out = tmp_path / 'out'
+    evaluate(identity_model(tmp_path / 'm.onnx').path, Memory([labelled_frame(0)]), out,
+             save_scores=True)
+    before = (out / 'metrics.json').read_bytes()
+    with pytest.raises(UserError, match=r'out/metrics\.json: is of a run (.|\n)*another output'):
+        metrics_of_stored(out / 'scores', out / 'masks', out)
+    assert (out / 'metrics.json').read_bytes() == before
+    for _ in range(2):
+        metrics_of_stored(out / 'scores', out / 'masks', tmp_path / 'again')
+
+
 def test_workers_change_no_bit(tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
     """Two processes give the bits of one: every figure of every frame and of the whole."""
     source = open_dataset('road_anomaly_21', small_benchmark)
@@ -423,6 +437,19 @@ def test_names_that_are_no_text_do_not_cost_the_results(tmp_path: Path) -> None:
     frame = replace(labelled_frame(0), frame_id='caf\udce9')
     evaluate(identity_model(tmp_path / 'm.onnx').path, Memory([frame]), tmp_path / 'out')
     assert [row['frame_id'] for row in per_frame(tmp_path / 'out')] == ['caf\\udce9']
+
+
+@pytest.mark.parametrize('name', ['.hidden', '..', '%2Ea', 'n' * 251])
+def test_no_name_of_a_frame_costs_its_pixels(name: str, tmp_path: Path) -> None:
+    """Its files are no hidden ones, which are passed over, and fit where the image's name does."""
+    frames = [replace(labelled_frame(0), frame_id=name), labelled_frame(1)]
+    metrics = evaluate(identity_model(tmp_path / 'm.onnx').path, Memory(frames),
+                       tmp_path / 'out', save_scores=True)
+    assert metrics['pixel']['pixels'] == 2 * 24 * 40
+    assert [row['pixels'] for row in per_frame(tmp_path / 'out')] == ['960', '960']
+    pooled = [row for row in compare_runs([tmp_path / 'out'] * 2, resamples=100).rows
+              if (row.statistic, row.kind) == ('AP', 'pooled')]
+    assert pooled[0].low is not None and pooled[0].frames == 2
 
 
 def test_without_masks_every_figure_is_null_with_the_reason(tmp_path: Path) -> None:

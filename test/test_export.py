@@ -215,6 +215,8 @@ def test_int8_is_gated_by_the_metrics(
     ({'input_variant': 'gpu'}, "unknown input variant 'gpu'"),
     ({'input_variant': 'device'}, '--frame-size'),
     ({'input_size_hw': (33, 64)}, 'divisible by 2, got 33x64; the nearest possible is 32x64'),
+    ({'input_size_hw': (51200, 64)}, '51200x64: height and width must be 1 to 16384'),
+    ({'input_variant': 'device', 'frame_size_hw': (32, 16385)}, '32x16385: height and width'),
     ({'precision': 'int8'}, '--gate-dataset'),
     ({'temperature': float('nan')}, 'temperature must be positive, got nan'),
     ({'weights': Path('nowhere.pth')}, 'nowhere.pth')])

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads fused into graphs of other makers, against the formulas in float64."""
 
+from collections.abc import Callable
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export_onnx import export_onnx, OnnxExportRequest, reference_answer
+from anomaly_seg_ros.export_onnx import (
+    _precision, _rename, export_onnx, OnnxExportRequest, reference_answer)
+from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.pipeline import Pipeline
 from anomaly_seg_ros.preprocess import Preprocessor
@@ -125,6 +129,89 @@ def test_open_sizes_void_and_upsampling(tmp_path: Path) -> None:
     assert (answer.labels == large.argmax(0)).mean() > 0.999
 
 
+def rewrite(path: Path, change: Callable[[Any], object]) -> Path:
+    """Change the graph of an ONNX file."""
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize('names', [
+    {'logits': 'labels', 'depth': 'anomaly'}, {'logits': 'anomaly', 'depth': 'image'},
+    {'pixels': 'labels', 'depth': 'anomaly_seg_2'}, {'logits': 'labels_1', 'depth': 'labels'}])
+def test_tensors_may_have_the_names_of_ours(names: dict[str, str], tmp_path: Path) -> None:
+    """The answer is the same; errors speak of the names that the user knows."""
+    weights = network(tmp_path / 'net.onnx')
+    export_onnx(request(weights), tmp_path / 'expected.onnx', frames())
+    rewrite(weights, lambda graph: _rename(graph, names))
+    logits = names.get('logits', 'logits')
+    card = export_onnx(request(weights, logits=logits), tmp_path / 'model.onnx', frames())
+    answers = []
+    for name in ('expected', 'model'):
+        with open_backend(load_model_file(tmp_path / f'{name}.onnx'), 'cpu') as backend:
+            answers.append(backend.run(Preprocessor(card)(frames()[0]).copy()).anomaly.copy())
+    np.testing.assert_array_equal(*answers)
+    with pytest.raises(UserError, match=f"outputs {logits}, {names['depth']} or"):
+        export_onnx(request(weights, logits=None), tmp_path / 'x.onnx', frames())
+
+
+def test_branches_see_the_renamed_tensors(tmp_path: Path) -> None:
+    """The bodies of If take the image by its new name, and keep theirs apart from ours."""
+    def into_branches(graph: Any) -> None:
+        branches = {}
+        for name in ('then_branch', 'else_branch'):
+            inner = f'labels_{name}' if name == 'then_branch' else 'labels'
+            node = onnx.NodeProto.FromString(graph.node[0].SerializeToString())
+            node.output[0] = inner
+            branches[name] = helper.make_graph(
+                [node], name, [], [helper.make_tensor_value_info(inner, 1, None)])
+        graph.initializer.append(numpy_helper.from_array(np.array(False), 'condition'))
+        graph.node[0].CopyFrom(helper.make_node('If', ['condition'], ['logits'], **branches))
+
+    weights = network(tmp_path / 'net.onnx')
+    expected = export_onnx(request(weights), tmp_path / 'model.onnx', frames())
+    card = export_onnx(request(rewrite(weights, into_branches)), tmp_path / 'model.onnx', frames())
+    assert card.threshold == expected.threshold
+
+
+@pytest.mark.parametrize(('operator', 'precision'), [
+    ('DynamicQuantizeLinear', 'int8'), ('ConvInteger', 'int8'), ('QLinearConv', 'int8'),
+    ('MatMulInteger', 'int8'), ('Constant', 'fp16'), ('Relu', 'fp32')])
+def test_the_precision_is_seen_in_the_operators(operator: str, precision: str,
+                                                tmp_path: Path) -> None:
+    """Integers of every kind; float16 also where constants are nodes."""
+    graph = onnx.load(network(tmp_path / 'net.onnx')).graph
+    half = numpy_helper.from_array(np.ones(1, np.float16))
+    graph.node.append(helper.make_node(operator, [], ['x'], **(
+        {'value': half} if operator == 'Constant' else {})))
+    assert _precision(graph) == precision
+
+
+def test_weights_beside_the_file_are_part_of_the_digest(tmp_path: Path) -> None:
+    """It is that of the file and the data after it."""
+    model = onnx.load(network(tmp_path / 'net.onnx'))
+    onnx.save(model, tmp_path / 'large.onnx', save_as_external_data=True, size_threshold=0,
+              location='large.data')
+    card = export_onnx(request(tmp_path / 'large.onnx'), tmp_path / 'model.onnx', frames())
+    data = (tmp_path / 'large.onnx').read_bytes() + (tmp_path / 'large.data').read_bytes()
+    assert card.weights_sha256 == hashlib.sha256(data).hexdigest()
+    card = export_onnx(request(tmp_path / 'net.onnx'), tmp_path / 'model.onnx', frames())
+    assert card.weights_sha256 == sha256_file(tmp_path / 'net.onnx')
+
+
+def test_channels_last_with_open_sizes_are_refused(tmp_path: Path) -> None:
+    """As TensorFlow exports; the remedy is said, and not that of an other size."""
+    def channels_last(graph: Any) -> None:
+        graph.input[0].CopyFrom(helper.make_tensor_value_info('nhwc', 1, [None, None, None, 3]))
+        graph.node.insert(0, helper.make_node('Transpose', ['nhwc'], ['pixels'],
+                                              perm=[0, 3, 1, 2]))
+    weights = rewrite(network(tmp_path / 'net.onnx'), channels_last)
+    for size_hw in (None, (32, 48)):
+        with pytest.raises(UserError, match='channels first'):
+            export_onnx(request(weights, input_size_hw=size_hw), tmp_path / 'm.onnx', frames())
+
+
 def test_half_precision_graph(tmp_path: Path) -> None:
     """A float16 graph gets a cast before and its score in float32 behind; the card says fp16."""
     weights = network(tmp_path / 'net.onnx', dtype=np.float16)
@@ -158,7 +245,8 @@ def test_the_only_output_is_found_by_itself(tmp_path: Path) -> None:
     ({}, {'score': 'rba'}, 'energy, entropy, max_logit, msp'),
     ({}, {'temperature': 0.0}, 'temperature'),
     ({'channels': 5}, {'void_index': 5}, '--void-index must be 0 to 4'),
-    ({}, {'std': (0.0, 1.0, 1.0)}, 'std positive')])
+    ({}, {'std': (0.0, 1.0, 1.0)}, 'std positive'),
+    ({'size': ('h', 'w')}, {'input_size_hw': (32, 16385)}, 'from 1 to 16384')])
 def test_what_does_not_fit_is_refused(make: dict[str, Any], change: dict[str, Any], message: str,
                                       tmp_path: Path) -> None:
     """The error says what was expected, and no file is left."""

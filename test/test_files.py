@@ -23,6 +23,13 @@ def test_writes_and_replaces(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ['b.bin']
 
 
+def test_a_name_as_long_as_file_systems_take(tmp_path: Path) -> None:
+    """The temporary name is not longer, in bytes, than the file's own."""
+    for name in 'n' * 255, 'ü' * 127:
+        atomic_write_bytes(tmp_path / name, b'one')
+    assert len(os.listdir(tmp_path)) == 2
+
+
 def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:
     """Others may read it, as the umask says; temporary files alone are private."""
     plain = tmp_path / 'plain'

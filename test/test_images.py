@@ -230,6 +230,37 @@ def test_damage_that_breaks_the_code_of_a_jpeg_is_noticed(
             decode_compressed(broken, 'jpeg')
 
 
+def test_what_libjpeg_merely_warns_of_costs_no_frame(
+        picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_strict(monkeypatch, True)
+    plain = encode(picture, '.jpg')
+    expected = decode_compressed(plain, 'jpeg', (50, 50)).array
+
+    def changed(before: bytes, after: bytes) -> bytes:
+        assert plain.count(before) == 1
+        return plain.replace(before, after)
+
+    def inserted(marker: bytes, content: bytes) -> bytes:
+        return plain[:2] + marker + (len(content) + 2).to_bytes(2, 'big') + content + plain[20:]
+
+    def padded(data: bytes, padding: bytes = bytes(9)) -> bytes:
+        return data[:-2] + padding + data[-2:]
+
+    jfif_2 = changed(b'JFIF\0\1\1', b'JFIF\0\2\1')
+    for odd in (padded(plain), padded(plain) + b'more', jfif_2, padded(jfif_2),
+                inserted(b'\xff\xee', b'Adobe\0\x64\0\0\0\0\5'),
+                inserted(b'\xff\xe2', b'ICC_PROFILE\0\5\2'),
+                changed(b'\3\1\0\2\x11\3\x11\0\x3f\0', b'\3\1\0\2\x11\3\x11\0\0\0')):
+        np.testing.assert_array_equal(decode_compressed(odd, 'jpeg', (50, 50)).array, expected)
+    # What hides behind such a warning is not passed over with it.
+    half = len(plain) // 2
+    for data in (plain, jfif_2):
+        for broken in (padded(data, b'\1\2\3\4\5' * 9), padded(data[:half] + data[-2:]),
+                       padded(data[:half] + bytes(60) + data[half + 60:])):
+            with pytest.raises(BadImage, match='cut off or damaged'):
+                decode_compressed(broken, 'jpeg')
+
+
 def test_grey_jpeg_becomes_colour(picture: np.ndarray) -> None:
     grey = np.ascontiguousarray(picture[..., 0])
     image = decode_compressed(encode(grey, '.jpg'), 'mono8; jpeg compressed mono8')

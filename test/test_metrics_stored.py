@@ -2,8 +2,14 @@
 """Metrics of stored score maps: same bits for any split, and what is wrong with bad files."""
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 import re
+import signal
+import subprocess
+import sys
+import time
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.metrics.components import ComponentCounts
@@ -97,6 +103,33 @@ def test_workers_change_no_bit(folders):
     assert as_bits(score_metrics(source, track='obstacle', workers=3,
                                  progress=lambda *done: seen.append(done))) == as_bits(alone)
     assert seen[-1] == (21, 21)
+
+
+def test_an_interrupt_of_all_processes_ends_with_the_first_ones_word_only(folders):
+    """Ctrl-C in a terminal reaches the workers too, here while they import."""
+    code = ('import sys\nfrom anomaly_seg_ros.metrics.stored import score_metrics, StoredScores\n'
+            'score_metrics(StoredScores(*sys.argv[1:]), track=None, workers=3)')
+    with subprocess.Popen([sys.executable, '-c', code, *map(str, folders)], text=True,
+                          stderr=subprocess.PIPE, start_new_session=True) as process:
+        children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+        end = time.monotonic() + 60
+        while len(children.read_text().split()) < 3:  # the resource tracker is one
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert 'KeyboardInterrupt' in errors and 'spawn_main' not in errors
+
+
+def test_no_more_processes_than_frames(folders):
+    source = StoredScores(*folders)
+    source._paths = {'frame_1': source._paths['frame_1']}
+    started = []
+    score_metrics(source, track=None, workers=8,
+                  progress=lambda done, total: started.append(multiprocessing.active_children()))
+    assert started == [[], []]
 
 
 @pytest.mark.slow
@@ -237,6 +270,14 @@ def test_masks_are_read_as_those_of_data_sets(folders, kind):
     frame = StoredScores(*folders).load('frame_0')
     assert frame.mask.dtype == np.uint8
     np.testing.assert_array_equal(frame.mask, mask)
+
+
+def test_upper_case_endings(folders):
+    expected = score_metrics(StoredScores(*folders), track=None)
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            path.rename(path.with_suffix(path.suffix.upper()))
+    assert score_metrics(StoredScores(*folders), track=None).pixel == expected.pixel
 
 
 def test_boolean_png_masks_do_not_lose_their_anomalies(folders):

@@ -2,6 +2,7 @@
 """Quantisation to int8: graphs that quantise well, what stays in float, and for whom."""
 
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.backends.onnxruntime import adds_int8_exactly
+from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.engine import refuse_cpu_int8
 from anomaly_seg_ros.errors import UserError
@@ -19,7 +21,7 @@ from anomaly_seg_ros.integer_graph import (
 from anomaly_seg_ros.metrics.pixel import PixelCurve
 from anomaly_seg_ros.model_file import ModelFile
 from anomaly_seg_ros.pipeline import Pipeline
-from anomaly_seg_ros.quantize import _metrics, quantize, TARGETS
+from anomaly_seg_ros.quantize import _metrics, check_drop, quantize, TARGETS
 import cards
 import numpy as np
 import onnx
@@ -208,6 +210,22 @@ def test_activations_are_of_the_kind_that_the_target_computes(target: str) -> No
     assert report == {'target': target, 'parts': 3, 'parts_in_float': {}}
 
 
+@pytest.mark.parametrize('target', TARGETS)
+def test_tensorrt_gets_biases_in_float(target: str) -> None:
+    """It dequantises int8 only; ONNX Runtime wants a bias in int32."""
+    model = network()
+    for name in ('f', 'k'):
+        node = next(node for node in model.graph.node if node.output[0] == name)
+        node.input.append(f'bias_{name}')
+        model.graph.initializer.append(numpy_helper.from_array(normal(8), f'bias_{name}'))
+    result, _ = quantised(model, target)
+    constants = {x.name: x.data_type for x in result.graph.initializer}
+    kinds = {constants[node.input[0]] for node in result.graph.node
+             if node.op_type == 'DequantizeLinear' and node.input[0] in constants}
+    assert kinds == ({TensorProto.INT8} if target == 'tensorrt' else
+                     {TensorProto.INT8, TensorProto.INT32})
+
+
 def test_a_network_for_onnxruntime_stays_in_integers_between_its_convolutions() -> None:
     """No layer is left that would convert to float and back, but the last one."""
     model, _ = quantised(network())
@@ -303,6 +321,39 @@ def test_the_gate_holds_each_score_once(tmp_path: Path) -> None:
     assert metrics['average_precision'] == PixelCurve.of(
         scores[masks == 1], scores[masks == 0]).average_precision()
     assert 0 < metrics['miou'] < 1
+
+
+class Gate(list[Frame]):
+    """A data set with labels of Cityscapes' classes."""
+
+    name, class_set = 'gate', 'cityscapes'
+
+
+def test_the_gate_compares_labels_by_the_names_of_classes(tmp_path: Path) -> None:
+    """As an evaluation does; labels of other classes are left out."""
+    names = CITYSCAPES_CLASSES
+    rng = np.random.default_rng(8)
+    frames = [Frame(str(i), rng.integers(0, 256, (*SIZE_HW, 3), np.uint8), None,
+                    rng.integers(16, 19, SIZE_HW, dtype=np.uint8)) for i in range(2)]
+    palette = ((0, 0, 0),) * len(names)
+    straight = cards.identity_model(tmp_path / 'a.onnx', SIZE_HW, classes=names, palette=palette)
+    turned = replace(straight, card=replace(straight.card, classes=names[::-1]))
+    expected = _metrics(straight, Gate(
+        replace(f, labels=18 - f.labels) for f in frames))['miou']
+    assert _metrics(turned, Gate(frames))['miou'] == expected > 0
+    other = cards.identity_model(tmp_path / 'b.onnx', SIZE_HW)
+    assert _metrics(other, Gate(frames)) == {}
+
+
+def test_a_score_that_is_not_finite_in_the_gate_is_said(tmp_path: Path) -> None:
+    """Which frame, and that no file comes of it."""
+    graph = cards.identity_graph(SIZE_HW)
+    graph.graph.node[-1].op_type = 'Log'
+    black = Gate([Frame('night', np.zeros((*SIZE_HW, 3), np.uint8), None,
+                        np.zeros(SIZE_HW, np.uint8))])
+    data = graph.SerializeToString()
+    with pytest.raises(UserError, match=r'frame night of the int8 gate: score .* not finite'):
+        check_drop(data, data, cards.card(SIZE_HW), black, 0.02)
 
 
 @pytest.mark.parametrize(('target', 'refused'), [('onnxruntime', True), ('tensorrt', False),

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.bags import make_bag, read_bag, ResultBag
-from anomaly_seg_ros.datasets import open_dataset, VideoFile
+from anomaly_seg_ros.datasets import ImageFolder, open_dataset, VideoFile
 from anomaly_seg_ros.demo import run_demo, write_pictures
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate
 from anomaly_seg_ros.images import decode_message
-from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.model_file import load_model_file, write_model_file
 from anomaly_seg_ros.replay import replay, ReplayOptions
-from cards import device_model, identity_model
+from cards import card, device_model, identity_graph, identity_model
 import cv2
 import numpy as np
+from onnx import helper, numpy_helper
 import pytest
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 from rosbags.typesys import get_typestore, Stores
@@ -214,6 +215,25 @@ def test_frames_a_device_model_does_not_take_are_named(tmp_path: Path,
     with pytest.raises(UserError, match=r'frame 1: .*96x160, got 80x128(.|\n)*1 frames so far'):
         replay(tmp_path / 'bag', device_model(tmp_path / 'm.onnx', (96, 160)).path,
                tmp_path / 'out')
+
+
+@pytest.mark.parametrize(('bright', 'through_node', 'match'), [
+    (0.4, False, r'frame 0: .*not finite'), (0.6, True, 'no frame was answered')])
+def test_a_model_that_answers_nothing_is_an_error_with_a_sentence(
+        tmp_path: Path, bright: float, through_node: bool, match: str) -> None:
+    """Its scores are NaN above a brightness: from the grey warm-up on, or from the first frame."""
+    model = identity_graph()
+    model.graph.node[-1].output[0] = 'darkness'
+    model.graph.initializer.append(numpy_helper.from_array(np.array(bright, np.float32), 'most'))
+    model.graph.node.extend([helper.make_node('Add', ['darkness', 'most'], ['root']),
+                             helper.make_node('Sqrt', ['root'], ['anomaly'])])
+    write_model_file(tmp_path / 'm.onnx', model.SerializeToString(), card())
+    (tmp_path / 'images').mkdir()
+    cv2.imwrite(str(tmp_path / 'images' / '0.png'), np.full((24, 40, 3), 250, np.uint8))
+    make_bag(ImageFolder(tmp_path / 'images'), tmp_path / 'bag')
+    with pytest.raises(UserError, match=match):
+        replay(tmp_path / 'bag', tmp_path / 'm.onnx', tmp_path / 'out',
+               ReplayOptions(through_node=through_node, realtime=through_node))
 
 
 def test_realtime_needs_the_node(tiny_model: Path, tmp_path: Path) -> None:

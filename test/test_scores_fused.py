@@ -5,6 +5,7 @@ from dataclasses import replace
 import math
 
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.export import OPSET
 from anomaly_seg_ros.fused import applicable_scores, fuse, MONTE_CARLO_SCORES, score_parameters
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
 from anomaly_seg_ros.networks.erfnet import ERFNet
@@ -36,10 +37,20 @@ class AllScores(torch.nn.Module):
         return tuple(function(*outputs, t) for function, t in self.functions)
 
 
+# Of those that scores are made of, the operators for which ONNX Runtime has CUDA kernels in float
+# (its docs/OperatorKernels.md). One of any other kind and the backend cuda refuses the graph.
+ON_CUDA = {
+    'Add', 'Cast', 'Clip', 'Concat', 'Div', 'Equal', 'Exp', 'Expand', 'Gather', 'Gemm', 'Identity',
+    'Log', 'MatMul', 'Max', 'Min', 'Mul', 'Neg', 'Pow', 'ReduceMax', 'ReduceMean', 'ReduceSum',
+    'Reshape', 'Round', 'Sigmoid', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Squeeze', 'Sub', 'Sum',
+    'Tanh', 'Transpose', 'Unsqueeze', 'Where'}
+
+
 def in_graph(table, names, inputs, module=AllScores):
     """Export once and return a function that runs the graph on ONNX Runtime."""
     program = torch.onnx.export(module(table, names).eval(), inputs, dynamo=True,
-                                opset_version=20, verbose=False)
+                                opset_version=OPSET, verbose=False)
+    assert {node.op_type for node in program.model_proto.graph.node} <= ON_CUDA
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(),
                                            providers=['CPUExecutionProvider'])
 

@@ -5,12 +5,16 @@ import ast
 import os
 from pathlib import Path
 import re
+import runpy
 import subprocess
 import sys
 from xml.etree import ElementTree
 
 import anomaly_seg_ros
+from anomaly_seg_ros.export import OPSET
+from packaging.requirements import Requirement
 import pytest
+import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'anomaly_seg_ros'
@@ -53,6 +57,23 @@ def test_module_level_imports_of_heavy_libraries_are_where_they_belong(library: 
              if pattern.search(path.read_text(encoding='utf-8'))]
     allowed = MAY_IMPORT.get(library)
     assert [name for name in found if allowed is None or not name.startswith(allowed)] == []
+
+
+def test_extras_for_gpus_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The libraries and bindings of CUDA come along, of one CUDA, with kernels for our opset."""
+    found: dict[str, dict[str, list[str]]] = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, 'setup', lambda **values: found.update(values))
+    runpy.run_path('setup.py')
+    extras = {name: {x.name: x for x in map(Requirement, found['extras_require'][name])}
+              for name in ('cuda', 'tensorrt')}
+    runtime = extras['cuda']['onnxruntime-gpu']
+    assert runtime.extras == {'cuda', 'cudnn'}
+    assert OPSET == 20 and '1.24.4' not in runtime.specifier and '1.28.0' in runtime.specifier
+    for extra in extras.values():
+        assert {v for v in ('12.9', '13.0.3', '14.0') if v in extra['cuda-bindings'].specifier} \
+            == {'13.0.3'}
+    assert {'tensorrt-cu13', 'onnx'} <= extras['tensorrt'].keys()
 
 
 def test_versions_agree() -> None:

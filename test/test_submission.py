@@ -33,6 +33,22 @@ def test_files_hold_float16_value_under_the_benchmark_path(tmp_path: Path) -> No
         np.testing.assert_array_equal(value, maps[path.stem].astype(np.float16))
 
 
+def test_frames_of_another_submission_are_not_mixed_in(tmp_path: Path) -> None:
+    """They are named and nothing is written; the same frames may be written again."""
+    def write(name: str, dataset: str = 'AnomalyTrack-all') -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        np.save(tmp_path / name / f'{name}.npy', np.zeros((2, 2), np.float32))
+        write_smiyc_submission([tmp_path / name], tmp_path / 'out', method='m', dataset=dataset)
+
+    for _ in range(2):
+        write('old')
+    write('new', 'ObstacleTrack-all')
+    with pytest.raises(UserError, match=r'AnomalyTrack-all: holds 1 files .*\(old\.hdf5\)'):
+        write('new')
+    folder = tmp_path / 'out' / 'anomaly_p' / 'm' / 'AnomalyTrack-all'
+    assert [path.name for path in folder.iterdir()] == ['old.hdf5']
+
+
 @pytest.mark.parametrize('bad', [np.nan, np.inf, 70000.0])
 def test_scores_that_float16_cannot_hold_are_refused(tmp_path: Path, bad: float) -> None:
     """The file's name is given and nothing is written for it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.backends.tensorrt import EngineRunner, TensorrtBackend
+from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.cuda import Gpu
 from anomaly_seg_ros.engine import (
     build_engine, check_engine, engine_path, EngineSettings, layer_precisions, load_engine,
@@ -18,6 +19,7 @@ from anomaly_seg_ros.model_file import load_model_file, ModelFile, write_model_f
 from anomaly_seg_ros.pipeline import Pipeline
 from anomaly_seg_ros.preprocess import Preprocessor
 from cards import card, identity_graph, identity_model
+from click.testing import CliRunner
 import fake_cuda
 from fake_tensorrt import install, State
 import numpy as np
@@ -73,6 +75,22 @@ def test_build_and_run(fake: State, model: ModelFile) -> None:
             np.testing.assert_array_equal(answer.labels, noise(seed)[0].argmax(0))
         assert backend.describe()['arithmetic'] == '1 layers fp32'
         assert backend.describe()['device'] == 'Fake GPU'
+
+
+def test_the_device_is_chosen_before_anything_is_done_on_it(fake: State,
+                                                            model: ModelFile) -> None:
+    """Built, loaded and run on the GPU asked for; one that is not there is named."""
+    fake.cuda.devices = 2
+    build_engine(model, engine_path(model), EngineSettings(device=1))
+    assert fake.seen['built on'] == fake.seen['loaded on'] == 1
+    fake.cuda.device = fake.seen['loaded on'] = 0
+    with open_backend(model, 'tensorrt', device=1):
+        assert fake.seen['loaded on'] == fake.cuda.device == 1
+    for ask in (lambda: open_backend(model, 'tensorrt', device=2),
+                lambda: build_engine(model, engine_path(model), EngineSettings(device=2))):
+        with pytest.raises(UserError, match='no CUDA device 2: this machine has 2'):
+            ask()
+    assert 'no CUDA device 2' in (TensorrtBackend.unavailable(model, 2) or '')
 
 
 def test_frames_reuse_buffers_and_graph(fake: State, model: ModelFile) -> None:
@@ -261,6 +279,25 @@ def test_a_claimed_float16_that_is_not_is_an_error(fake: State, tmp_path: Path) 
     assert build_engine(model, path).layer_precisions == {'fp16': 1}
 
 
+def test_products_that_the_graph_has_in_float32_may_stay_so(fake: State, tmp_path: Path) -> None:
+    """The score of masks is a product of matrices in float32; one more than there are is not."""
+    graph = identity_graph()
+    score = graph.graph.node[-1]
+    score.input[0] = 'mixed'
+    graph.graph.node.insert(3, helper.make_node('MatMul', ['largest', 'mix'], ['mixed']))
+    graph.graph.initializer.extend([
+        numpy_helper.from_array(np.eye(40, dtype=np.float32), 'mix'),
+        numpy_helper.from_array(np.ones(1, np.float16), 'unused')])
+    write_model_file(tmp_path / 'm.onnx', graph.SerializeToString(), card(precision='fp16'))
+    model = load_model_file(tmp_path / 'm.onnx')
+    product = {'LayerType': 'gemm', 'Inputs': [{'Format/Datatype': 'Row major linear FP32'}]}
+    fake.more_layers = (product,)
+    assert build_engine(model, engine_path(model)).layer_precisions == {'fp16': 1, 'fp32': 1}
+    fake.more_layers = (product, product)
+    with pytest.raises(UserError, match='card says fp16, but'):
+        build_engine(model, engine_path(model))
+
+
 def test_layer_precisions_are_read_from_either_wording() -> None:
     """Formats have been named in several ways; only layers that multiply count."""
     def layer(kind: str, *formats: str) -> dict[str, Any]:
@@ -300,6 +337,38 @@ def test_a_damaged_timing_cache_is_an_error(fake: State, model: ModelFile, tmp_p
         build_engine(model, engine_path(model), EngineSettings(timing_cache=cache))
     assert cache.read_bytes() == b'garbage'
     assert not engine_path(model).exists()
+
+
+def test_a_timing_cache_that_cannot_be_used_costs_no_engine(fake: State, model: ModelFile,
+                                                            tmp_path: Path) -> None:
+    """One that cannot be read ends before the build, one that cannot be written after it."""
+    with pytest.raises(UserError, match='timing cache cannot be read'):
+        build_engine(model, engine_path(model), EngineSettings(timing_cache=tmp_path))
+    assert not engine_path(model).exists()
+
+    def written_meanwhile(what: str, done: int, total: int) -> None:
+        (tmp_path / 'folder').write_text('a file')
+    with pytest.raises(UserError, match=r'timing\.cache: cannot be written'):
+        build_engine(model, engine_path(model),
+                     EngineSettings(timing_cache=tmp_path / 'folder' / 'timing.cache'),
+                     written_meanwhile)
+    assert load_engine(engine_path(model)).card == model.card
+
+
+def test_an_engine_is_not_built_from_an_engine(fake: State, model: ModelFile) -> None:
+    """Nor written under the name of a model; a stale one asks for the .onnx."""
+    result = CliRunner().invoke(cli, ['build-engine', str(model.path), '--device', '0'])
+    assert result.exit_code == 0, result.output
+    engine = load_model_file(engine_path(model))
+    with pytest.raises(UserError, match=r'm\.engine: this is an engine already'):
+        build_engine(engine, model.path.with_name('n.engine'))
+    for name in ('m.onnx', 'm.plan'):
+        with pytest.raises(UserError, match=r'must end in \.engine, such as m\.engine'):
+            build_engine(model, model.path.with_name(name))
+    assert load_model_file(model.path).sha256 == model.sha256
+    fake.cuda.gpu.name = b'Other GPU'
+    with pytest.raises(UserError, match=r'stale.*build-engine .*m\.onnx'):
+        open_backend(engine, 'tensorrt', build=True)
 
 
 def test_errors_at_run_time(fake: State, model: ModelFile) -> None:

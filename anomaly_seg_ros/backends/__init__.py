@@ -40,8 +40,8 @@ def open_backend(model: ModelFile, name: str = 'cpu', **options: Any) -> Backend
     """
     Open ``model`` on the backend called ``name``; an unknown name lists the choices.
 
-    ``auto`` takes the fastest that is available, in the order of ``AUTO_ORDER``, and logs which it
-    is and why not a faster one.
+    ``auto`` takes the fastest that is available and opens, in the order of ``AUTO_ORDER``, and
+    logs which it is and why not a faster one: as a warning where that is here but failed to open.
 
     Parameters
     ----------
@@ -81,13 +81,17 @@ def available_backends(model: ModelFile) -> dict[str, str | None]:
 def _open_fastest(model: ModelFile, options: dict[str, Any]) -> Backend:
     log = logging.getLogger(__name__)
     reasons: list[str] = []
+    level = logging.INFO
     for name in AUTO_ORDER:
         reason = BACKENDS[name].unavailable(model)
         if reason is None:
-            backend = BACKENDS[name](model, **options)
-            log.info('backend auto: %s%s', name, f' (not {"; not ".join(reasons)})'
-                     if reasons else '')
-            return backend
+            try:
+                backend = BACKENDS[name](model, **options)
+            except UserError as error:
+                reason, level = str(error), logging.WARNING
+            else:
+                log.log(level, 'backend auto: %s%s', name, f' (not {"; not ".join(reasons)})'
+                        if reasons else '')
+                return backend
         reasons.append(f'{name}: {reason}')
-    raise UserError(f'{model.path}: no backend can run it here: {"; ".join(reasons)}. Install '
-                    'onnxruntime.')
+    raise UserError(f'{model.path}: no backend can run it here: {"; ".join(reasons)}')

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 import os
 from pathlib import Path
@@ -133,6 +134,16 @@ def session_options(threads: int) -> Any:
     return options
 
 
+def installed_twice() -> str | None:
+    """Tell the way out where the packages for CPU and for GPU lie in one another's files."""
+    if not all(any(metadata.distributions(name=package))
+               for package in ('onnxruntime', 'onnxruntime-gpu')):
+        return None
+    return ('onnxruntime and onnxruntime-gpu are both installed and share a folder, where one '
+            'overwrites the other: "pip uninstall onnxruntime onnxruntime-gpu", then '
+            '"pip install \'onnxruntime-gpu[cuda,cudnn]\'"')
+
+
 def open_session(model: ModelFile, options: Any,
                  providers: Sequence[tuple[str, Mapping[str, str]]]) -> Any:
     """
@@ -151,9 +162,10 @@ def open_session(model: ModelFile, options: Any,
     wanted = providers[0][0]
     have = onnxruntime.get_available_providers()
     if wanted not in have:
-        raise UserError(f'onnxruntime {version} has no {wanted}, only {", ".join(have)}. Install '
-                        'the matching one: pip install onnxruntime-gpu (and uninstall '
-                        'onnxruntime), or choose --backend cpu.')
+        remedy = installed_twice() or ('Install the matching one: pip install onnxruntime-gpu '
+                                       '(and uninstall onnxruntime)')
+        raise UserError(f'onnxruntime {version} has no {wanted}, only {", ".join(have)}. '
+                        f'{remedy}, or choose --backend cpu.')
     if wanted != 'CPUExecutionProvider':
         # Without this, operators that the provider lacks run on the CPU in silence.
         options.add_session_config_entry('session.disable_cpu_ep_fallback', '1')
@@ -164,8 +176,9 @@ def open_session(model: ModelFile, options: Any,
         if 'CPU EP' in text and wanted != 'CPUExecutionProvider':
             raise UserError(f'{model.path}: {wanted} cannot run every operator of this graph, and '
                             'running the rest on the CPU was not asked for. Choose --backend '
-                            f'cpu, or export the model again. onnxruntime says: {text}') \
-                from error
+                            'cpu, export the model again, or update onnxruntime-gpu (this is '
+                            f'{version}; operators of opset 20 need 1.25). onnxruntime says: '
+                            f'{text}') from error
         raise UserError(f'{model.path}: onnxruntime {version} cannot open it on {wanted}: {text}. '
                         'Export the model again with this version, or choose --backend '
                         'cpu.') from error

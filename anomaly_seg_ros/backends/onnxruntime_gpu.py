@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from anomaly_seg_ros.backends.base import Backend
-from anomaly_seg_ros.backends.onnxruntime import open_session, session_options
+from anomaly_seg_ros.backends.onnxruntime import installed_twice, open_session, session_options
 from anomaly_seg_ros.cuda import CudaBuffers, describe_gpu, missing_cuda
 from anomaly_seg_ros.engine import refuse_cpu_int8
 from anomaly_seg_ros.errors import UserError
@@ -38,7 +38,9 @@ class OnnxRuntimeCuda(Backend):
         import onnxruntime
 
         if cls._provider not in onnxruntime.get_available_providers():
-            return f'onnxruntime {onnxruntime.__version__} has no {cls._provider}'
+            missing = f'onnxruntime {onnxruntime.__version__} has no {cls._provider}'
+            twice = installed_twice()
+            return f'{missing}; {twice}' if twice else missing
         return missing_cuda()
 
     def __init__(self, model: ModelFile, threads: int = 0, device: int = 0, tf32: bool = False,
@@ -66,35 +68,40 @@ class OnnxRuntimeCuda(Backend):
 
         reason = self.unavailable(model)
         if reason is not None:
-            raise UserError(f'backend {self.name}: {reason}. Install the extra "cuda" on a '
-                            'machine with an NVIDIA GPU, or choose --backend cpu.')
+            raise UserError(f'backend {self.name}: {reason}. It needs the extra "cuda" and an '
+                            'NVIDIA GPU; or choose --backend cpu.')
         if hasattr(onnxruntime, 'preload_dlls'):
             onnxruntime.preload_dlls()  # CUDA and cuDNN from pip's nvidia packages
         self.card = model.card
         self._input, self._outputs = input_port(model.card), output_ports(model.card)
+        if self._provider == _TENSORRT:
+            refuse_cpu_int8(model)
+        self._gpu = describe_gpu(device)
         self._buffers = CudaBuffers([self._input, *self._outputs], device)
         self.input_buffer = self._buffers.host['image']
-        self._gpu = describe_gpu(device)
+        try:
+            self._open(model, threads, device, tf32, cuda_graph, cache)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, model: ModelFile, threads: int, device: int, tf32: bool, cuda_graph: bool,
+              cache: Path | None) -> None:
         common = {'device_id': str(device), 'user_compute_stream': str(self._buffers.stream)}
         cuda = {**common, 'use_tf32': str(int(tf32)), 'enable_cuda_graph': str(int(
             cuda_graph and self._provider == _CUDA)), 'cudnn_conv_algo_search': 'EXHAUSTIVE'}
         providers = [(_CUDA, cuda)]
         if self._provider == _TENSORRT:
-            refuse_cpu_int8(model)
             providers.insert(0, (_TENSORRT, {
                 **common, **tensorrt_options(model, cache or cache_folder(), cuda_graph)}))
         options = session_options(threads or 1)
         options.add_session_config_entry('session.record_ep_graph_assignment_info', '1')
-        try:
-            self._session = open_session(model, options, providers)
-            self._placement = placement(self._session)
-            if self._placement and self._provider not in self._placement:
-                raise UserError(f'{model.path}: {self._provider} took none of the operators, all '
-                                f'run on {", ".join(self._placement)}. Choose --backend cuda, or '
-                                'install the TensorRT that this onnxruntime was built for.')
-        except UserError:
-            self.close()
-            raise
+        self._session = open_session(model, options, providers)
+        self._placement = placement(self._session)
+        if self._placement and self._provider not in self._placement:
+            raise UserError(f'{model.path}: {self._provider} took none of the operators, all run '
+                            f'on {", ".join(self._placement)}. Choose --backend cuda, or install '
+                            'the TensorRT that this onnxruntime was built for.')
         self._binding = self._session.io_binding()
         bind = self._binding.bind_input
         for port in (self._input, *self._outputs):
@@ -140,7 +147,13 @@ class OnnxRuntimeTensorrt(OnnxRuntimeCuda):
 
 
 def tensorrt_options(model: ModelFile, cache: Path, cuda_graph: bool) -> dict[str, str]:
-    """Return the options of the TensorRT provider for a model of this precision."""
+    """
+    Return the options of the TensorRT provider for a model of this precision.
+
+    Each model has a folder of its own: the provider tells engines apart by names of tensors only.
+    """
+    if not model.sha256:
+        raise ValueError(f'{model.path}: a model without its SHA-256 has no engine cache')
     folder = cache / model.sha256[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)

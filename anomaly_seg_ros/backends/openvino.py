@@ -75,8 +75,11 @@ class OpenvinoBackend(Backend):
             raise UserError(f'{model.path}: OpenVINO {self._version} cannot compile it for '
                             f'{device}: {" ".join(str(error).split())}. Choose another device, or '
                             '--backend cpu.') from error
-        self._devices = ', '.join(compiled.get_property('EXECUTION_DEVICES'))
-        if device not in ('AUTO', self._devices):
+        # A list, or a single name; the first GPU also goes by GPU.0.
+        found = compiled.get_property('EXECUTION_DEVICES')
+        devices = [found] if isinstance(found, str) else list(found)
+        self._devices = ', '.join(devices)
+        if device != 'AUTO' and any(device not in (name, name.split('.')[0]) for name in devices):
             raise UserError(f'{model.path}: asked for OpenVINO on {device}, it chose '
                             f'{self._devices}. Install the driver of {device}.')
         self._precision = str(compiled.get_property('INFERENCE_PRECISION_HINT').to_string())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends.base import Backend
-from anomaly_seg_ros.cuda import CudaBuffers, describe_gpu
+from anomaly_seg_ros.cuda import CudaBuffers, describe_gpu, select_gpu
 from anomaly_seg_ros.engine import (
     build_command, build_engine, check_engine, engine_path, EngineSettings, load_engine,
     make_logger, missing_tensorrt)
@@ -26,16 +26,17 @@ class TensorrtBackend(Backend):
     name = 'tensorrt'
 
     @classmethod
-    def unavailable(cls, model: ModelFile) -> str | None:
-        """Tell whether TensorRT, a GPU and a fitting engine are here."""
+    def unavailable(cls, model: ModelFile, device: int = 0) -> str | None:
+        """Tell whether TensorRT, this GPU and a fitting engine are here."""
         reason = missing_tensorrt()
         if reason is not None:
             return reason
         import tensorrt
 
         try:
+            select_gpu(device)
             check_engine(load_engine(engine_path(model)), model, tensorrt.__version__,
-                         describe_gpu())
+                         describe_gpu(device))
         except UserError as error:
             return str(error)
         return None
@@ -69,12 +70,13 @@ class TensorrtBackend(Backend):
 
         self.card = model.card
         path = engine or engine_path(model)
+        select_gpu(device)
         gpu = describe_gpu(device)
         try:
             loaded = load_engine(path)
             check_engine(loaded, model, trt.__version__, gpu)
         except UserError as error:
-            if not build:
+            if not build or path == model.path:  # an engine has no graph to build from
                 raise
             logging.getLogger(__name__).warning(
                 'building %s now, this takes minutes (%s); to do it beforehand: %s', path, error,
@@ -125,6 +127,7 @@ class EngineRunner:
         """Load the plan; ``path`` is for messages."""
         import tensorrt as trt
 
+        select_gpu(device)
         self._path, self._device, self._cuda_graph = path, device, cuda_graph
         self._log = make_logger(trt)
         self._runtime = trt.Runtime(self._log)

@@ -7,7 +7,7 @@ from typing import Any
 
 from anomaly_seg_ros.commands.options import (
     backend_options, CONSOLE, DATASET, dataset_source, FILE, FiniteFloat, FiniteRange, NETWORK,
-    OUT, progress_bar, SizeType, ThreeFloats)
+    OUT, progress_bar, SizeType, THREADS, ThreeFloats)
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.extras import require
 import click
@@ -159,9 +159,11 @@ def _export_onnx(weights: Any, input_size_hw: tuple[int, int] | None, options: d
               help='GPUs that the engine runs on.')
 @click.option('--optimization-level', type=click.IntRange(0, 5),
               help='How long TensorRT searches.')
+@click.option('--device', type=click.IntRange(0), default=0, show_default=True,
+              help='Index of the CUDA device that the engine is for.')
 def build_engine_command(model: Path, output: Path | None, workspace_mib: int | None,
                          timing_cache: Path | None, hardware_compatibility: str,
-                         optimization_level: int | None) -> None:
+                         optimization_level: int | None, device: int) -> None:
     """Build the TensorRT engine of MODEL on this machine's GPU."""
     from anomaly_seg_ros.engine import build_engine, engine_path, EngineSettings
     from anomaly_seg_ros.model_file import load_model_file
@@ -171,7 +173,8 @@ def build_engine_command(model: Path, output: Path | None, workspace_mib: int | 
             model_file, output or engine_path(model_file),
             EngineSettings(workspace_mib=workspace_mib, timing_cache=timing_cache,
                            hardware_compatibility=hardware_compatibility,
-                           optimization_level=optimization_level), progress=progress)
+                           optimization_level=optimization_level, device=device),
+            progress=progress)
     OUT.print(f'{engine.path}', highlight=False, soft_wrap=True)
 
 
@@ -226,19 +229,23 @@ def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
               help='Frames measured a backend.')
 @click.option('--warm-up', type=click.IntRange(0), default=5, show_default=True,
               help='Frames before that are not counted.')
-@click.option('--frame-size', 'frame_size_hw', type=SizeType(), default='1024x2048',
-              show_default=True, help='Height x width of the camera frames.')
-@click.option('--threads', type=click.IntRange(0), default=0, show_default=True,
+@click.option('--frame-size', 'frame_size_hw', type=SizeType(),
+              help='Height x width of the camera frames. Default: what a device model is made '
+                   'for, else 1024x2048.')
+@click.option('--threads', type=THREADS, default=0, show_default=True,
               help='Threads of the network; 0 takes every core allowed.')
 @click.option('--json', 'json_path', type=FILE, help='Write everything measured here, too.')
 def bench_command(model: Path, backends: tuple[str, ...], frames: int, warm_up: int,
-                  frame_size_hw: tuple[int, int], threads: int, json_path: Path | None) -> None:
+                  frame_size_hw: tuple[int, int] | None, threads: int,
+                  json_path: Path | None) -> None:
     """Measure MODEL stage by stage on this machine; milliseconds, stages as p50."""
     from dataclasses import asdict
 
     from anomaly_seg_ros import bench
     from anomaly_seg_ros.evaluate import machine, versions
     from anomaly_seg_ros.files import atomic_write_text
+    from anomaly_seg_ros.model_file import load_model_file
+    frame_size_hw = frame_size_hw or load_model_file(model).card.frame_size_hw or (1024, 2048)
     with progress_bar() as progress:
         results = bench.bench(model, names=backends or None, frames=frames, warm_up=warm_up,
                               frame_size_hw=frame_size_hw, threads=threads, progress=progress)
@@ -285,15 +292,20 @@ def inspect(model: Path, as_json: bool) -> None:
     from anomaly_seg_ros.backends import open_backend
     from anomaly_seg_ros.backends.tensorrt import TensorrtBackend
     from anomaly_seg_ros.model_file import load_model_file
+    from anomaly_seg_ros.ports import input_port, output_ports
     model_file = load_model_file(model)
     if as_json:
         click.echo(json.dumps(json.loads(model_file.card.to_json()), indent=1))
         return
     table = Table(title=str(model), show_header=False)
+    table.add_column()
+    table.add_column(overflow='fold')  # digests are copied
     for key, value in json.loads(model_file.card.to_json()).items():
         if key == 'palette':
             continue
         table.add_row(key, ', '.join(map(str, value)) if isinstance(value, list) else str(value))
+    table.add_row('input', str(input_port(model_file.card)))
+    table.add_row('outputs', ', '.join(map(str, output_ports(model_file.card))))
     engine = model.suffix == '.engine'
     table.add_row('sha256 of the .onnx' if engine else 'sha256', model_file.sha256)
     reason = TensorrtBackend.unavailable(model_file) if engine else None

@@ -17,6 +17,7 @@ CONSOLE = Console(stderr=True, markup=False, emoji=False)  # progress and errors
 OUT = Console(markup=False, emoji=False)  # results
 
 FILE = click.Path(path_type=Path)
+THREADS = click.IntRange(0, 256)  # as the node's
 Command = Callable[..., Any]
 
 
@@ -131,7 +132,7 @@ def obstacle_options(function: Command) -> Command:
 def backend_options(function: Command) -> Command:
     """Add the options that choose a device."""
     for option in (
-            click.option('--threads', type=click.IntRange(0), default=0, show_default=True,
+            click.option('--threads', type=THREADS, default=0, show_default=True,
                          help='Threads of the network; 0 takes every core allowed.'),
             click.option('--backend', default='cpu', show_default=True,
                          help='cpu, cuda, tensorrt, openvino, ... or auto.')):

@@ -22,9 +22,9 @@ class Acdc(PairedDataset):
     source = 'https://acdc.vision.ee.ethz.ch (rgb_anon_trainvaltest, gt_trainval)'
     splits = ('val', 'train')
     layouts = (
-        Layout(f'{_TEXT}labelTrainIds.png', _IMAGE, rf'{_MASK}labelTrainIds\.png',
+        Layout(f'{_TEXT}labelTrainIds.png', _IMAGE, rf'{_MASK}labelTrainIds\.(?i:png)',
                ('rgb_anon', 'gt'), TRAIN_IDS),
-        Layout(f'{_TEXT}labelIds.png', _IMAGE, rf'{_MASK}labelIds\.png', ('rgb_anon', 'gt'),
+        Layout(f'{_TEXT}labelIds.png', _IMAGE, rf'{_MASK}labelIds\.(?i:png)', ('rgb_anon', 'gt'),
                LABEL_IDS),
     )
 

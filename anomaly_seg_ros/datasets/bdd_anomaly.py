@@ -33,14 +33,14 @@ class BddAnomaly(PairedDataset):
     layouts = (
         Layout('seg/images/(train|val)/NAME.jpg with seg/train_labels/(train|val)/'
                'NAME_train_id.png (train id + 2)', _SEG_IMAGE,
-               r'seg/train_labels/{folder}/(?P<a>[^/]+)_train_id\.png',
+               r'seg/train_labels/{folder}/(?P<a>[^/]+)_train_id\.(?i:png)',
                ('seg/images', 'seg/train_labels'), _SHIFTED),
         Layout('seg/images/(train|val)/NAME.jpg with seg/labels/(train|val)/NAME_train_id.png',
-               _SEG_IMAGE, r'seg/labels/{folder}/(?P<a>[^/]+)_train_id\.png',
+               _SEG_IMAGE, r'seg/labels/{folder}/(?P<a>[^/]+)_train_id\.(?i:png)',
                ('seg/images', 'seg/labels'), _TRAIN_IDS),
         Layout('images/10k/(train|val)/NAME.jpg with labels/sem_seg/masks/(train|val)/NAME.png',
                rf'images/10k/{{folder}}/(?P<a>[^/]+)\.{IMAGE}',
-               r'labels/sem_seg/masks/{folder}/(?P<a>[^/]+)\.png',
+               r'labels/sem_seg/masks/{folder}/(?P<a>[^/]+)\.(?i:png)',
                ('images/10k', 'labels/sem_seg/masks'), _TRAIN_IDS),
     )
 

@@ -23,14 +23,14 @@ class Cityscapes(PairedDataset):
     layouts = (
         Layout('leftImg8bit/SPLIT/CITY/FRAME_leftImg8bit.png with '
                'gtFine/SPLIT/CITY/FRAME_gtFine_labelIds.png', _IMAGE,
-               r'gtFine/{split}/[^/]+/(?P<a>[^/]+)_gtFine_labelIds\.png',
+               r'gtFine/{split}/[^/]+/(?P<a>[^/]+)_gtFine_labelIds\.(?i:png)',
                ('leftImg8bit', 'gtFine'), LABEL_IDS),
         Layout('leftImg8bit/SPLIT/CITY/FRAME_leftImg8bit.png with '
                'gtFine/SPLIT/CITY/FRAME_gtFine_labelTrainIds.png', _IMAGE,
-               r'gtFine/{split}/[^/]+/(?P<a>[^/]+)_gtFine_labelTrainIds\.png',
+               r'gtFine/{split}/[^/]+/(?P<a>[^/]+)_gtFine_labelTrainIds\.(?i:png)',
                ('leftImg8bit', 'gtFine'), TRAIN_IDS),
         Layout('FRAME_leftImg8bit.png beside FRAME_gtFine_labelIds.png', _FLAT,
-               r'(?P<a>[^/]+)_gtFine_labelIds\.png', ('.',), LABEL_IDS),
+               r'(?P<a>[^/]+)_gtFine_labelIds\.(?i:png)', ('.',), LABEL_IDS),
         Layout('FRAME_leftImg8bit.png beside FRAME_gtFine_labelTrainIds.png', _FLAT,
-               r'(?P<a>[^/]+)_gtFine_labelTrainIds\.png', ('.',), TRAIN_IDS),
+               r'(?P<a>[^/]+)_gtFine_labelTrainIds\.(?i:png)', ('.',), TRAIN_IDS),
     )

@@ -13,7 +13,7 @@ from anomaly_seg_ros.errors import UserError
 import numpy as np
 
 _LOST_AND_FOUND_IMAGE = rf'leftImg8bit/(?:train|test)/[^/]+/(?P<a>[^/]+)_leftImg8bit\.{IMAGE}'
-_LOST_AND_FOUND_MASK = r'fishyscapes_lostandfound/\d+_(?P<a>[^/]+)_labels\.png'
+_LOST_AND_FOUND_MASK = r'fishyscapes_lostandfound/\d+_(?P<a>[^/]+)_labels\.(?i:png)'
 
 
 class FsLostAndFound(PairedDataset):
@@ -43,7 +43,7 @@ class FsLostAndFound(PairedDataset):
                ('laf_images', 'fishyscapes_lostandfound'), frames='masks'),
         Layout('labels/val/FRAME_fishy-labels.png with '
                'leftImg8bit/(train|test)/SEQUENCE/FRAME_leftImg8bit.png',
-               _LOST_AND_FOUND_IMAGE, r'labels/val/(?P<a>[^/]+)_fishy-labels\.png',
+               _LOST_AND_FOUND_IMAGE, r'labels/val/(?P<a>[^/]+)_fishy-labels\.(?i:png)',
                ('leftImg8bit', 'labels/val'), frames='masks'),
         simple_layout(),
         simple_layout(images='original', masks='labels'),
@@ -64,11 +64,12 @@ class FsStatic(PairedDataset):
         *(Layout('fs_static_images_v(1|2|3)/NNNN_FRAME_rgb.png with '
                  'fs_val_v(1|2|3)/NNNN_FRAME_labels.png',
                  rf'fs_static_images_v{version}/(?P<a>\d+_[^/]+)_rgb\.{IMAGE}',
-                 rf'fs_val_v{version}/(?P<a>\d+_[^/]+)_labels\.png',
+                 rf'fs_val_v{version}/(?P<a>\d+_[^/]+)_labels\.(?i:png)',
                  (f'fs_static_images_v{version}', f'fs_val_v{version}'))
           for version in (3, 2, 1)),
         *(Layout('fs_val_v(1|2|3)/NNNN_FRAME_(rgb.npz|labels.png) with Cityscapes beside it',
-                 rf'{folder}/(?P<a>\d+_[^/]+)_rgb\.npz', rf'{folder}/(?P<a>\d+_[^/]+)_labels\.png',
+                 rf'{folder}/(?P<a>\d+_[^/]+)_rgb\.npz',
+                 rf'{folder}/(?P<a>\d+_[^/]+)_labels\.(?i:png)',
                  (folder,))
           for folder in ('fs_val_v3', 'fs_val_v2', 'fs_val_v1', 'fishyscapes-3.0.0',
                          'fishyscapes-2.0.0', 'fishyscapes-1.0.0')),

@@ -49,9 +49,9 @@ class Idd(PairedDataset):
     nested = ('IDD_Segmentation', 'idd20kII')
     splits = ('val', 'train')
     layouts = (
-        Layout(f'{_TEXT}level3Ids.png', _IMAGE, rf'{_MASK}level3Ids\.png',
+        Layout(f'{_TEXT}level3Ids.png', _IMAGE, rf'{_MASK}level3Ids\.(?i:png)',
                ('leftImg8bit', 'gtFine')),
-        Layout(f'{_TEXT}ids.png', _IMAGE, rf'{_MASK}ids\.png', ('leftImg8bit', 'gtFine')),
+        Layout(f'{_TEXT}ids.png', _IMAGE, rf'{_MASK}ids\.(?i:png)', ('leftImg8bit', 'gtFine')),
     )
 
     def __init__(self, root: Path | str, *, unknown: str | Iterable[str] = UNKNOWN,

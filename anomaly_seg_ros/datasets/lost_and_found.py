@@ -67,7 +67,7 @@ class LostAndFound(PairedDataset):
         Layout('leftImg8bit/(train|test)/SEQUENCE/FRAME_leftImg8bit.(png|webp|jpg) with '
                'gtCoarse/(train|test)/SEQUENCE/FRAME_gtCoarse_labelIds.png',
                rf'leftImg8bit/{{folder}}/[^/]+/(?P<a>[^/]+)_leftImg8bit\.{IMAGE}',
-               r'gtCoarse/{folder}/[^/]+/(?P<a>[^/]+)_gtCoarse_labelIds\.png',
+               r'gtCoarse/{folder}/[^/]+/(?P<a>[^/]+)_gtCoarse_labelIds\.(?i:png)',
                ('leftImg8bit', 'gtCoarse'), _CODES),
     )
 

@@ -94,7 +94,7 @@ def simple_layout(codes: Codes = BINARY, splits: tuple[str, ...] = (), images: s
                   masks: str = 'labels_masks') -> Layout:
     """Return the layout ``images/NAME.*`` with ``labels_masks/NAME.png``."""
     return Layout(f'{images}/NAME.(png|jpg|webp) with {masks}/NAME.png',
-                  rf'{images}/(?P<a>[^/]+)\.{IMAGE}', rf'{masks}/(?P<a>[^/]+)\.png',
+                  rf'{images}/(?P<a>[^/]+)\.{IMAGE}', rf'{masks}/(?P<a>[^/]+)\.(?i:png)',
                   (images, masks), codes, splits=splits)
 
 

@@ -16,7 +16,7 @@ class RoadAnomaly(PairedDataset):
     layouts = (
         Layout('frames/NAME.(jpg|webp) with frames/NAME.labels/labels_semantic.png',
                rf'frames/(?P<a>[^/]+)\.{IMAGE}',
-               r'frames/(?P<a>[^/]+)\.labels/labels_semantic\.png',
+               r'frames/(?P<a>[^/]+)\.labels/labels_semantic\.(?i:png)',
                ('frames',), _CODES),
         simple_layout(_CODES),
         simple_layout(_CODES, images='original', masks='labels'),

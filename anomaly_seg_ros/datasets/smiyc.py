@@ -12,7 +12,10 @@ from typing import ClassVar
 from anomaly_seg_ros.datasets.paired import IMAGE, Layout, PairedDataset, simple_layout
 
 _IMAGE = rf'images/(?P<a>{{frames}})\.{IMAGE}'
-_MASK = r'labels_masks/(?P<a>{frames})_labels_semantic\.png'
+_MASK = r'labels_masks/(?P<a>{frames})_labels_semantic\.(?i:png)'
+# NAME.png too, but nothing else that an archive may have (FRAME_labels_semantic_color.png).
+_ANY_MASK = (r'labels_masks/(?!.*_labels_(?!semantic\.))(?P<a>{frames})(?<!_labels_semantic)'
+             r'(?:_labels_semantic)?\.(?i:png)')
 
 
 class _Track(PairedDataset):
@@ -24,7 +27,7 @@ class _Track(PairedDataset):
                _IMAGE, _MASK, ('images', 'labels_masks'), splits=('validation',)),
         simple_layout(splits=('validation',)),
         # The test frames' masks are not public; where only some frames have one, all count.
-        *(Layout('images/FRAME.(jpg|webp)', _IMAGE, _MASK, folders, frames='images',
+        *(Layout('images/FRAME.(jpg|webp)', _IMAGE, _ANY_MASK, folders, frames='images',
                  splits=('test', 'all', 'night', 'snowstorm'))
           for folders in (('images', 'labels_masks'), ('images',))),
     )

@@ -24,7 +24,7 @@ class StreetHazards(PairedDataset):
     layouts = tuple(
         Layout(f'{folder}/images/{split}/TOWN/N.png with {folder}/annotations/{split}/TOWN/N.png',
                rf'{folder}/images/{split}/(?P<a>[^/]+)/(?P<b>[^/]+)\.{IMAGE}',
-               rf'{folder}/annotations/{split}/(?P<a>[^/]+)/(?P<b>[^/]+)\.png',
+               rf'{folder}/annotations/{split}/(?P<a>[^/]+)/(?P<b>[^/]+)\.(?i:png)',
                (f'{folder}/images/{split}', f'{folder}/annotations/{split}'), _CODES,
                splits=(split,))
         for split, folder in _FOLDERS.items())

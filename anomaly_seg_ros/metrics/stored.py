@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import os
 from pathlib import Path
+import signal
 import socket
 from typing import Any, Protocol, TypeVar
 
@@ -135,7 +136,7 @@ def _by_name(folder: Path, suffixes: tuple[str, ...], what: str) -> dict[str, li
                         f'(<name>{" or <name>".join(suffixes)})')
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in suffixes and not path.name.startswith('.'):
+        if path.suffix.lower() in suffixes and not path.name.startswith('.'):
             found.setdefault(path.stem, []).append(path)
     return found
 
@@ -157,7 +158,7 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
 
 
 def _read_mask(path: Path) -> npt.NDArray[Any]:
-    mask = read_npy(path) if path.suffix == '.npy' else read_codes(path)
+    mask = read_npy(path) if path.suffix.lower() == '.npy' else read_codes(path)
     if mask.dtype.kind not in 'bui':
         raise UserError(f'{path}: a mask must hold integers, got {mask.dtype}. Store 0 '
                         '(in-distribution), 1 (anomaly), 255 (void) as uint8.')
@@ -266,8 +267,8 @@ def score_metrics(source: ScoreSource, *, track: str | None, workers: int = 1,
     track
         ``'anomaly'`` or ``'obstacle'``: the component sizes. None: no component metrics.
     workers
-        Processes, this one among them. The others are spawned: a script that calls this with more
-        than one needs the usual ``if __name__ == '__main__'``.
+        Processes, this one among them; no more than there are frames. The others are spawned: a
+        script that calls this with more than one needs the usual ``if __name__ == '__main__'``.
     threshold
         Score threshold of the component metrics; None takes the data set's best-F1 threshold.
     compat
@@ -294,7 +295,7 @@ def score_metrics(source: ScoreSource, *, track: str | None, workers: int = 1,
         raise ValueError(f'workers must be at least 1, got {workers}')
     names = list(source.frame_ids)
     counter = _Counter(progress, len(names) * (2 + (track is not None)))
-    with _start(workers, ray) as run:
+    with _start(min(workers, max(1, len(names))), ray) as run:
         scan = run(_Scan(), source, list(enumerate(names)), counter)
         problems = [*getattr(source, 'problems', ()),
                     *(scan.problems[index] for index in sorted(scan.problems))]
@@ -531,11 +532,11 @@ def _processes(workers: int) -> Iterator[_Run]:
     begun = context.Value('q', 0)  # frames of this pass that somebody has begun
     with ProcessPoolExecutor(workers - 1, context, _start_process, (begun,)) as pool:
         def run(task: _Pass, source: ScoreSource, frames: _Frames, counter: _Counter) -> _Pass:
-            begun.value = 0
-            others = [pool.submit(_accumulate_next, task, source, frames)
-                      for _ in range(workers - 1)]
-            counted = 0
+            begun.value = counted = 0
             try:
+                with _interrupts_held():
+                    others = [pool.submit(_accumulate_next, task, source, frames)
+                              for _ in range(workers - 1)]
                 merged = deepcopy(task)
                 for frame in _next_frames(frames, begun):
                     _accumulate(merged, source, [frame])
@@ -552,6 +553,21 @@ def _processes(workers: int) -> Iterator[_Run]:
             counter.add(len(frames) - counted)
             return merged
         yield run
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """
+    Hold Ctrl-C back from this thread until the block ends.
+
+    Processes that are started in the block never get it: a terminal sends it to them too, and
+    each would print a traceback, even out of its imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _begun: Any = None  # of a spawned process
