@@ -2,7 +2,6 @@
 """ONNX Runtime on the CPU, and what its other execution providers share with it."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 import os
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends.base import Backend
+from anomaly_seg_ros.backends.onnxruntime_pool import (
+    give_back_unless_used, remember, use_pool)
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import ModelFile
 from anomaly_seg_ros.ports import (
@@ -49,10 +50,11 @@ class OnnxRuntimeCpu(Backend):
         self._threads = threads or len(os.sched_getaffinity(0))
         options = session_options(self._threads)
         options.add_session_config_entry('session.intra_op.allow_spinning', str(int(spinning)))
-        _share_memory(options)
+        use_pool(options)
         if model.card.precision == 'int8' and not adds_int8_exactly(_CPU_INFO):
             options.add_session_config_entry('session.x64quantprecision', '1')
         self._session = open_session(model, options, [('CPUExecutionProvider', {})])
+        remember(self._session)
         self._input = input_port(model.card)
         self._binding = self._session.io_binding()
         self._outputs = []
@@ -80,30 +82,7 @@ class OnnxRuntimeCpu(Backend):
     def close(self) -> None:
         """Free the session; the backend cannot run afterwards."""
         self._binding = self._session = None
-
-
-def _share_memory(options: Any) -> None:
-    """
-    Let a session take its working memory from one pool of the process, its weights from the heap.
-
-    A pool of its own leaves holes in the heap when it goes: after some changes of the model a node
-    then holds up to a third more than before.
-    """
-    _create_pool()
-    options.add_session_config_entry('session.use_env_allocators', '1')
-    options.add_session_config_entry('session.use_device_allocator_for_initializers', '1')
-
-
-@cache
-def _create_pool() -> None:
-    import onnxruntime
-
-    about = onnxruntime.OrtMemoryInfo('Cpu', onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0,
-                                      onnxruntime.OrtMemType.DEFAULT)
-    # No limit, and as much at a time as is asked for; -1: the defaults.
-    as_requested = 1
-    onnxruntime.create_and_register_allocator(
-        about, onnxruntime.OrtArenaCfg(0, as_requested, -1, -1))
+        give_back_unless_used()
 
 
 def adds_int8_exactly(cpu_info: Path) -> bool:

@@ -169,6 +169,7 @@ class Worker:
         if self._thread.is_alive():
             return False
         self._model.close()
+        give_back_freed_memory()
         return True
 
     def publish_fallback(self, header: Any) -> None:
