@@ -171,7 +171,7 @@ class MasksAsLogits(nn.Module):
         """Image (1, 3, H, W) -> logits (1, C, h, w)."""
         class_logits, mask_logits = self.body(image)
         mask_logits = resize(mask_logits.float(), self.mask_size_hw or image.shape[-2:])
-        return class_scores(class_logits, mask_logits).clamp_min(1e-30).log()
+        return class_scores(class_logits, mask_logits).clamp_min(1.2e-38).log()
 
 
 class FixedDropout(nn.Module):
