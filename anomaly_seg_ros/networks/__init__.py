@@ -104,7 +104,7 @@ def load_erfnet(name: str, weights: Path | str,
     bias = state.get('decoder.output_conv.bias')
     if bias is not None and bias.shape not in ((classes,), (classes + 1,)):
         raise UserError(f'{weights}: expected {classes} classes, or {classes + 1} with void last, '
-                        f'got {bias.shape[0]}; ERFNet is loaded for the Cityscapes classes only')
+                        f'got {bias.numel()}; ERFNet is loaded for the Cityscapes classes only')
     has_void = bias is not None and len(bias) == classes + 1
     network = ERFNet(classes + has_void).eval()
     fit_state_dict(network, state, weights)

@@ -62,14 +62,20 @@ def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
 
 
 def fit_state_dict(network: 'nn.Module', state: 'Mapping[str, Tensor]', path: Path | str) -> None:
-    """Load ``state`` into ``network``; an error says which keys do not fit."""
-    own = network.state_dict()
+    """
+    Load ``state`` into ``network``; an error says which keys do not fit.
+
+    Counts of the batches seen serve training only; files of PyTorch before 0.4.1 have none.
+    """
+    own, state = (
+        {key: value for key, value in one.items() if not key.endswith('num_batches_tracked')}
+        for one in (network.state_dict(), state))
     check_fit(type(network).__name__, path,
               missing=own.keys() - state.keys(), unexpected=state.keys() - own.keys(),
               wrong=[(key, own[key].shape, state[key].shape)
                      for key in own.keys() & state.keys() if own[key].shape != state[key].shape])
     check_finite(state, path)
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=False)
 
 
 def check_fit(network: str, path: Path | str, missing: Iterable[str], unexpected: Iterable[str],
