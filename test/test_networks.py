@@ -51,7 +51,7 @@ def test_erfnet_checkpoints(erfnet, tmp_path, prefix, outputs):
 
 
 def test_erfnet_checkpoint_of_an_old_pytorch(erfnet, tmp_path):
-    """As PyTorch before 0.4.1 wrote it: no batch counts, no zip; the form of the published file."""
+    """As PyTorch before 0.4.1 wrote it, and so the published file: no batch counts, no zip."""
     path = tmp_path / 'erfnet_pretrained.pth'
     torch.save({f'module.{key}': value for key, value in erfnet.state_dict().items()
                 if not key.endswith('num_batches_tracked')}, path,
