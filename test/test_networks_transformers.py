@@ -12,6 +12,7 @@ from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.fused import applicable_scores, fuse
 from anomaly_seg_ros.networks import load_network
+from anomaly_seg_ros.networks.heads import FixedDropout
 from anomaly_seg_ros.networks.variants import FAMILY_NAMES, MASK_FAMILIES, VARIANTS
 import cv2
 import numpy as np
@@ -303,6 +304,30 @@ def rewrite_weights(folder, change):
     state = load_file(folder / 'model.safetensors')
     change(state)
     save_file(state, folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('case', ['segformer', 'beit', 'dpt'])
+def test_dropout_inside_the_blocks(case, folders, tmp_path):
+    """Passes that are not what each is alone are refused: never mixed, and no traceback."""
+    folder = copy_of(folders(case), tmp_path)
+    edit(folder / 'config.json', hidden_dropout_prob=0.1)
+    network = load_network(case, folder, (96, 128))
+    image = as_input(picture((96, 128)), network)
+    if case != 'dpt':
+        with pytest.raises(UserError, match=r'layers of this network \(model\..*dropout, .*'
+                                            r'Set hidden_dropout_prob to 0 in config\.json'):
+            fuse(network, 'variance', 1.0)
+        return
+    fused = fuse(network, 'variance', 1.0, passes=3)
+    layers = [m for m in fused.modules() if isinstance(m, FixedDropout)]
+    masks = [layer.masks for layer in layers]
+    with torch.inference_mode():
+        together = fused.body(image)
+        for t in range(3):
+            for layer, every in zip(layers, masks, strict=True):
+                layer.masks = every[t:t + 1]
+            error = (fused.body(image) - together[t:t + 1]).abs().mean()
+            assert error < 1e-4 * together.std(dim=0).mean()
 
 
 def test_keys_that_do_not_fit(folders, tmp_path):
