@@ -143,7 +143,7 @@ def polito_msp(class_logits: 'Tensor', mask_logits: 'Tensor',
     """
     MSP as the PoliTo study's script has it: ``1 - max_{c < C-1} S_c / sum_k S_k``, in [0, 1].
 
-    S is normalised over all C classes, then the last real class is dropped as if it were
+    S is normalised over all C >= 2 classes, then the last real class is dropped as if it were
     "no object". For comparison with that study only.
     """
     scores = _normalised(class_scores(class_logits, mask_logits, temperature))
@@ -171,7 +171,12 @@ def mean_msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using Deep
     Ensembles, NeurIPS 2017.
     """
-    return 1 - mean_posterior(logits, temperature).amax(dim=1)
+    # The sum of the others: 1 - max would lose every digit where the samples are sure.
+    posterior = mean_posterior(logits, temperature)
+    largest = posterior.amax(dim=1, keepdim=True)
+    below = ((largest - posterior) * 1e38).clamp(max=1)  # 0 at a maximum and 1 elsewhere
+    equals = posterior.shape[1] - 1 - below.sum(dim=1)  # further classes that share it
+    return (posterior * below).sum(dim=1) + equals * largest[:, 0]
 
 
 def mean_max_logit(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':

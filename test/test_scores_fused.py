@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import onnxruntime
 import pytest
-from test_scores import mask_reference, reference, sample_reference, TINY
+from test_scores import mask_reference, reference, sample_reference, sure_samples, TINY
 import torch
 
 settle_vector_math()
@@ -151,6 +151,11 @@ def test_sample_scores_in_the_graph():
             want = sample_reference(name, logits, t)
             np.testing.assert_allclose(value, want, rtol=1e-5,
                                        atol=1e-6 * max(1, np.abs(want).max()), err_msg=name)
+    sure = torch.zeros(4, 19, 16, 24)
+    sure[:3] = sure_samples()[..., :24]
+    sure[3] = sure[2]
+    np.testing.assert_allclose(run(sure)['msp', 1.0], sample_reference('msp', sure, 1.0),
+                               rtol=1e-5)
 
 
 @pytest.fixture(scope='module')
@@ -279,6 +284,8 @@ def test_scores_that_do_not_apply_are_refused_with_those_that_do(erfnets):
             fuse(plain, score, 1.0)
     with pytest.raises(UserError, match=r"'void' does not apply .* gives masks.*polito_rba, rba$"):
         fuse(replace(plain, outputs='masks'), 'void', 1.0)
+    with pytest.raises(UserError, match=r"'polito_msp' does not apply .* gives masks of one cl"):
+        fuse(replace(plain, outputs='masks', classes=('road',)), 'polito_msp', 1.0)
     with pytest.raises(UserError, match=r"'rba' does not apply to erfnet, which is an ensemble"):
         fuse(load_network('erfnet', erfnets), 'rba', 1.0)
     with pytest.raises(UserError, match=r"unknown score 'odin'; choose one of"):
