@@ -80,6 +80,15 @@ def test_not_a_state_dict(tmp_path, content):
         read_state_dict(path)
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_torchscript_is_refused(tmp_path):
+    path = tmp_path / 'weights.pt'
+    torch.jit.save(torch.jit.script(torch.nn.Conv2d(1, 1, 1)), path)
+    with pytest.raises(UserError, match=r'weights\.pt: not a weights file.*not exec') as caught:
+        read_state_dict(path)
+    assert 'weights_only' not in str(caught.value), 'advice to execute the file'
+
+
 def test_whole_module_is_refused(small, tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save(small, path)

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-import pickle
 import re
 from typing import TYPE_CHECKING
 
@@ -39,18 +38,16 @@ def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
             state = load_file(path)
         else:
             state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        # What torch says itself is advice to execute the file.
-        found = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if found is None:
+    except Exception as error:  # torch and safetensors raise many kinds for damaged files
+        if found := re.search(r'GLOBAL ([\w.]+)', str(error)):
+            raise UserError(
+                f'{path}: holds more than tensors ({found[1]}), and was not executed. Where you '
+                'trust its source, have it saved again with torch.save(model.state_dict(), ...) '
+                'or as .safetensors.') from error
+        if 'weights_only' in str(error):  # torch's advice to execute the file
             raise UserError(f'{path}: not a weights file, or damaged; it was not executed. Give a '
                             'state dict (.pth, .pt, .safetensors), or download it '
                             'again.') from error
-        raise UserError(
-            f'{path}: holds more than tensors ({found[1]}), and was not executed. Where you trust '
-            'its source, have it saved again with torch.save(model.state_dict(), ...) or as '
-            '.safetensors.') from error
-    except Exception as error:  # torch and safetensors raise many kinds for damaged files
         raise UserError(f'{path}: not a readable weights file '
                         f'({type(error).__name__}: {_first_line(error)}). Download or '
                         'save it again.') from error
