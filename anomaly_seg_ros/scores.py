@@ -328,9 +328,10 @@ def _memberships(mask_logits: 'Tensor') -> 'Tensor':
     ``sigmoid(m)`` by its definition, with all its digits also where no mask claims a pixel.
 
     ONNX Runtime's own operator is an approximation on the CPU: 6e-3 off at -12 and exactly 0 from
-    -18 down. Held at -80, below which the result would leave float32.
+    -18 down. Held at -80 and 80, beyond which exponentials would leave float32.
     """
-    return 1 / (1 + (-mask_logits.float()).clamp(max=80).exp())
+    weights = mask_logits.float().clamp(-80.0, 80.0).exp()
+    return weights / (1 + weights)
 
 
 def _mix(class_values: 'Tensor', mask_logits: 'Tensor') -> 'Tensor':
