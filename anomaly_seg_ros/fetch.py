@@ -4,8 +4,8 @@ Download a checkpoint of ``models/catalogue.yaml`` and verify it.
 
 A file counts only once its whole content has arrived (its length is what the server announced) and
 its SHA-256 is the one expected: the catalogue's, or, where that has none, the one that the server
-states (Hugging Face does, for every large file). What was had, and how it was verified, is kept in
-``fetched.json`` beside the files.
+states. Hugging Face does, for every large file; of other files the length alone is verified. What
+was had, and how it was verified, is kept in ``fetched.json`` beside the files.
 """
 
 from collections.abc import Callable, Sequence
@@ -131,7 +131,8 @@ def fetch(name: str, folder: Path | str, catalogue: Path | str | None = None,
     """
     Download the checkpoint called ``name`` into ``folder`` and verify it.
 
-    Files that are there already and have the expected digest are not downloaded again.
+    Files that an earlier call has put there, and that have not changed, are not downloaded again.
+    Other files are never overwritten.
 
     Parameters
     ----------
@@ -147,8 +148,9 @@ def fetch(name: str, folder: Path | str, catalogue: Path | str | None = None,
     Raises
     ------
     UserError
-        If there is no such model (lists the choices), the network or the server fails, or a file
-        is not what it should be. A file that failed leaves nothing behind; those before it stay.
+        If there is no such model (lists the choices), another file is in the place of one of its
+        files, the network or the server fails, or a file is not what it should be. A file that
+        failed leaves nothing behind; those before it stay.
 
     """
     entries = read_catalogue(catalogue)
@@ -157,14 +159,30 @@ def fetch(name: str, folder: Path | str, catalogue: Path | str | None = None,
     entry, folder = entries[name], Path(folder)
     record_path = folder / 'fetched.json'
     record = _read_record(record_path)
-    for file in entry.files:
-        have = next((n for n in file.names if (folder / n).is_file()), None)
-        expected = file.sha256 or (record.get(have) or {}).get('sha256') if have else None
-        if have is None or expected is None or sha256_file(folder / have) != expected:
-            got_name, facts = _download(file, folder, entry, progress)
-            record[got_name] = facts
-            atomic_write_text(record_path, json.dumps(record, indent=1, sort_keys=True) + '\n')
+    # All are looked at before the first is downloaded: a folder of two models is of no use.
+    for file in [file for file in entry.files if not _is_there(file, folder, record, name)]:
+        got_name, facts = _download(file, folder, entry, progress)
+        record[got_name] = facts
+        atomic_write_text(record_path, json.dumps(record, indent=1, sort_keys=True) + '\n')
     return entry
+
+
+def _is_there(file: CatalogueFile, folder: Path, record: dict[str, Any], model: str) -> bool:
+    """Tell whether ``folder`` holds the file; raises UserError if another is in its place."""
+    path = next((folder / name for name in file.names if (folder / name).exists()), None)
+    if path is None:
+        return False
+    facts = record.get(path.name, {})
+    source, digest = facts.get('url'), sha256_file(path) if path.is_file() else None
+    if digest is not None and (digest == file.sha256 or (
+            file.sha256 is None and source in file.urls and digest == facts.get('sha256'))):
+        return True
+    why = ('is not known to be a file of this model' if source is None else
+           f'was fetched from {source}' if source not in file.urls else
+           'has changed since it was fetched' if digest != facts.get('sha256') else
+           'is not the file of which the catalogue has the digest')
+    raise UserError(f'{path}: there already, and {why}. Nothing was overwritten. Fetch {model} '
+                    'into a folder of its own (--output), or move this file away.')
 
 
 def _download(file: CatalogueFile, folder: Path, entry: CatalogueEntry,
@@ -241,11 +259,11 @@ class _Redirects(request.HTTPRedirectHandler):
 
 
 def _stated_sha256(*sources: dict[str, str]) -> str | None:
+    # Not the plain ETag: GitHub's has 64 digits too, and is no digest of the content.
     for headers in sources:
-        for key in ('x-linked-etag', 'etag'):
-            value = headers.get(key, '').removeprefix('W/').strip('"').lower()
-            if _SHA256.fullmatch(value):
-                return value
+        value = headers.get('x-linked-etag', '').removeprefix('W/').strip('"').lower()
+        if _SHA256.fullmatch(value):
+            return value
     return None
 
 
@@ -259,8 +277,10 @@ def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError):
-        return {}  # nothing known: the files are downloaded again
-    return record if isinstance(record, dict) else {}
+        return {}  # nothing known of the files beside it
+    if not isinstance(record, dict):
+        return {}
+    return {name: facts for name, facts in record.items() if isinstance(facts, dict)}
 
 
 def _entry(name: str, values: dict[str, Any]) -> CatalogueEntry:

@@ -68,6 +68,11 @@ def sha256_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def array_error(error: Exception) -> str:
+    """Return why numpy could not read a file, but for its advice to execute what is in it."""
+    return 'it holds pickled objects or no array' if 'allow_pickle' in str(error) else str(error)
+
+
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
         f'{path}: cannot be written ({error.strerror or error}). Free disk space or choose '

@@ -76,6 +76,8 @@ def applicable_scores(network: LoadedNetwork) -> tuple[str, ...]:
             names.discard('void')
         if _has_dropout(network):
             names.update(MONTE_CARLO_SCORES)
+    if len(network.classes) < 2:
+        names.discard('polito_msp')  # it drops one class
     return tuple(sorted(names))
 
 
@@ -98,7 +100,7 @@ def _image_shape(network: LoadedNetwork) -> tuple[int, ...]:
 
 def _what_it_gives(network: LoadedNetwork) -> str:
     if network.outputs == 'masks':
-        return 'gives masks and classes'
+        return 'gives masks ' + ('of one class' if len(network.classes) < 2 else 'and classes')
     if network.outputs == 'samples':
         return 'is an ensemble'
     return 'gives logits, ' + ('with' if _has_dropout(network) else 'without') + ' dropout layers'

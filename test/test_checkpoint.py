@@ -51,12 +51,14 @@ def test_missing_file(tmp_path):
         read_state_dict(tmp_path / 'none.pth')
 
 
-@pytest.mark.parametrize('content', [b'', b'garbage that is no checkpoint', b'PK\x03\x04 zip?'])
+@pytest.mark.parametrize('content', [b'', b'garbage that is no checkpoint', b'PK\x03\x04 zip?',
+                                     b'<html>', b'\xbc\x00' * 500])
 def test_garbage(tmp_path, content):
     path = tmp_path / 'weights.pth'
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r'weights\.pth: '):
+    with pytest.raises(UserError, match=r'weights\.pth: not a (readable )?weights file') as caught:
         read_state_dict(path)
+    assert 'weights_only' not in str(caught.value), 'advice to execute the file'
 
 
 @pytest.mark.parametrize('keep', [0.1, 0.5, 0.99])
@@ -78,11 +80,22 @@ def test_not_a_state_dict(tmp_path, content):
         read_state_dict(path)
 
 
+@pytest.mark.filterwarnings('ignore')
+def test_torchscript_is_refused(tmp_path):
+    path = tmp_path / 'weights.pt'
+    torch.jit.save(torch.jit.script(torch.nn.Conv2d(1, 1, 1)), path)
+    with pytest.raises(UserError, match=r'weights\.pt: not a weights file.*not exec') as caught:
+        read_state_dict(path)
+    assert 'weights_only' not in str(caught.value), 'advice to execute the file'
+
+
 def test_whole_module_is_refused(small, tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save(small, path)
-    with pytest.raises(UserError, match=r'weights\.pth: holds more than tensors'):
+    with pytest.raises(UserError, match=r'weights\.pth: holds more than tensors \(torch\.nn\.modul'
+                                        r'es\.container\.Sequential\)') as caught:
         read_state_dict(path)
+    assert 'weights_only' not in str(caught.value), 'advice to execute the file'
 
 
 class Malicious:

@@ -9,8 +9,10 @@ import json
 from pathlib import Path
 import threading
 
+from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.fetch import fetch, read_catalogue
+from click.testing import CliRunner
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,9 +93,17 @@ def test_a_file_is_downloaded_verified_and_kept(tmp_path: Path, server: Server) 
         '--input-size 512x1024 --output small.onnx')
     fetch('small', folder, listing)
     assert server.asked == ['/weights.pth'], 'a verified file was downloaded again'
-    (folder / 'weights.pth').write_bytes(b'damaged since')
+    (folder / 'weights.pth').write_bytes(b'changed since')
+    with pytest.raises(UserError, match=r'weights\.pth: there already, and has changed since it '
+                                        r'was fetched\. Nothing was overwritten\..*--output'):
+        fetch('small', folder, listing)
+    assert (folder / 'weights.pth').read_bytes() == b'changed since'
+    (folder / 'weights.pth').unlink()
     fetch('small', folder, listing)
     assert (folder / 'weights.pth').read_bytes() == WEIGHTS
+    (folder / 'fetched.json').unlink()
+    fetch('small', folder, listing)
+    assert len(server.asked) == 2, 'a file that the catalogue knows was downloaded again'
 
 
 @pytest.mark.parametrize('digest_known', [True, False])
@@ -113,14 +123,24 @@ def test_a_tampered_file_is_not_kept(tmp_path: Path, server: Server) -> None:
     tampered[12345] ^= 1
     server.files['/weights.pth'] = bytes(tampered)
     folder = tmp_path / 'models'
-    folder.mkdir()
-    (folder / 'weights.pth').write_bytes(b'an older one')
     with pytest.raises(UserError, match=rf'not the file expected: its SHA-256 is '
                                         rf'{hashlib.sha256(tampered).hexdigest()}, by the '
                                         rf'catalogue it should be {DIGEST}.*not kept'):
         fetch('small', folder, catalogue(tmp_path, server))
-    assert (folder / 'weights.pth').read_bytes() == b'an older one'
-    assert [p.name for p in folder.iterdir()] == ['weights.pth']
+    assert list(folder.iterdir()) == []
+
+
+def test_an_etag_is_not_taken_for_a_digest(tmp_path: Path, server: Server) -> None:
+    """As GitHub answers: a redirect, then an ETag of 64 digits that is no digest of the file."""
+    server.redirects['/weights.pth'] = '/raw/weights.pth'
+    server.files['/raw/weights.pth'] = WEIGHTS
+    server.headers['/raw/weights.pth'] = {'ETag': f'W/"{"8fd4" * 16}"'}
+    folder, listing = tmp_path / 'models', catalogue(tmp_path, server, sha256=None)
+    for _ in range(2):
+        fetch('small', folder, listing)
+    assert server.asked == ['/weights.pth', '/raw/weights.pth']
+    assert json.loads((folder / 'fetched.json').read_text())['weights.pth'] == {
+        'url': f'{server.url}/weights.pth', 'sha256': DIGEST, 'verified_by': 'its length only'}
 
 
 def test_no_network(tmp_path: Path) -> None:
@@ -177,6 +197,42 @@ def test_hugging_face_file_that_is_not_what_it_states(tmp_path: Path, server: Se
         'config.json', 'fetched.json', 'preprocessor_config.json']
 
 
+def test_command(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files go to a folder of the checkpoint's name; the next command is printed."""
+    monkeypatch.setenv('HF_ENDPOINT', server.url)
+    monkeypatch.chdir(tmp_path)
+    for name in ('config.json', 'preprocessor_config.json', 'model.safetensors'):
+        server.files['/nvidia/segformer-b0-finetuned-cityscapes-1024-1024/resolve/main/'
+                     f'{name}'] = name.encode()
+    result = CliRunner().invoke(cli, ['fetch', 'segformer_b0_cityscapes'])
+    assert result.exit_code == 0, result.output
+    assert [p.name for p in tmp_path.iterdir()] == ['segformer_b0_cityscapes']
+    assert (tmp_path / 'segformer_b0_cityscapes' / 'config.json').read_bytes() == b'config.json'
+    assert result.output.endswith(
+        '\nanomaly-seg export segformer --weights segformer_b0_cityscapes --score max_logit '
+        '--input-size 512x1024 --output segformer_b0_cityscapes.onnx\n')
+
+
+def test_files_of_others_are_not_overwritten(tmp_path: Path, server: Server, hub: Path) -> None:
+    """Neither the user's own, nor those of another model that was fetched into the folder."""
+    own, folder = tmp_path / 'own', tmp_path / 'models'
+    own.mkdir()
+    (own / 'pytorch_model.bin').write_bytes(b'trained for a week')
+    with pytest.raises(UserError, match=r'pytorch_model\.bin: there already, and is not known to '
+                                        r'be a file of this model.*small into a folder of its'):
+        fetch('small', own, hub)
+    assert [p.name for p in own.iterdir()] == ['pytorch_model.bin']
+    assert server.asked == []
+    fetch('small', folder, hub)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    other = catalogue(tmp_path, server, url=None, sha256=None, huggingface='owner/other',
+                      network='segformer')
+    with pytest.raises(UserError, match=r'config\.json: there already, and was fetched from '
+                                        r'http.*/owner/net/resolve/main/config\.json\. Nothing'):
+        fetch('small', folder, other)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
 def test_the_better_format_is_taken_where_there_is_one(tmp_path: Path, server: Server,
                                                        hub: Path) -> None:
     server.files['/owner/net/resolve/main/model.safetensors'] = b'safe'
@@ -209,5 +265,7 @@ def test_the_shipped_catalogue() -> None:
         assert entry.network in NETWORKS, name
         assert entry.miou is None or (0.4 < entry.miou < 0.9 and entry.miou_source), name
         assert f'| `{name}` |' in readme, f'{name} is missing in models/README.md'
+    b0 = entries['segformer_b0_cityscapes']
+    assert f'\n{b0.export_command(Path(b0.name))}\n' in readme
     for networks, count in (('segformer', 6), ('mask2former', 4), ('eomt', 1), ('erfnet', 1)):
         assert sum(entry.network == networks for entry in entries.values()) == count

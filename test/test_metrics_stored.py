@@ -185,7 +185,7 @@ def break_files(scores_dir: Path, masks_dir: Path) -> dict[str, str]:
         'scores/frame_1.npy': '2150 of 2150 scores are NaN or infinite',
         'scores/frame_2.npy': r'scores are (9, 9) and the mask is (46, 50)',
         'scores/frame_3.npy': 'the mask holds codes [7]; only 0',
-        'scores/frame_4.npy': 'not a readable .npy array (Object arrays cannot be loaded',
+        'scores/frame_4.npy': 'not a readable .npy array (it holds pickled objects or no array)',
         'scores/frame_6.npy': 'has no mask; expected frame_6.png or frame_6.npy',
         'masks/frame_7.png': 'has no score map; expected frame_7.npy'}
 

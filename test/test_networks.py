@@ -50,6 +50,18 @@ def test_erfnet_checkpoints(erfnet, tmp_path, prefix, outputs):
     torch.testing.assert_close(got, want[:, :19], rtol=1e-5, atol=1e-6)
 
 
+def test_erfnet_checkpoint_of_an_old_pytorch(erfnet, tmp_path):
+    """As PyTorch before 0.4.1 wrote it, and so the published file: no batch counts, no zip."""
+    path = tmp_path / 'erfnet_pretrained.pth'
+    torch.save({f'module.{key}': value for key, value in erfnet.state_dict().items()
+                if not key.endswith('num_batches_tracked')}, path,
+               _use_new_zipfile_serialization=False)
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        got, want = load_network('erfnet', path).module_with_void(image), erfnet(image)
+    assert torch.equal(got, want)
+
+
 def test_erfnet_rows_are_its_logits(erfnet):
     image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
@@ -76,6 +88,13 @@ def test_erfnet_refuses_another_class_count(tmp_path, classes):
     path = tmp_path / 'erfnet.pth'
     torch.save(ERFNet(classes).state_dict(), path)
     with pytest.raises(UserError, match=rf'erfnet\.pth: .*19.*20.*{classes}'):
+        load_network('erfnet', path)
+
+
+def test_erfnet_refuses_a_bias_that_is_no_vector(tmp_path):
+    path = tmp_path / 'erfnet.pth'
+    torch.save({'decoder.output_conv.bias': torch.tensor(3.0)}, path)
+    with pytest.raises(UserError, match=r'erfnet\.pth: expected 19 classes.*got 1;'):
         load_network('erfnet', path)
 
 

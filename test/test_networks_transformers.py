@@ -2,6 +2,7 @@
 """Networks of the transformers library: loading, preprocessing, labels, sizes, bad checkpoints."""
 
 import json
+import math
 import os
 from pathlib import Path
 import shutil
@@ -12,6 +13,7 @@ from anomaly_seg_ros.export import export_model, ExportRequest
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.fused import applicable_scores, fuse
 from anomaly_seg_ros.networks import load_network
+from anomaly_seg_ros.networks.heads import FixedDropout
 from anomaly_seg_ros.networks.variants import FAMILY_NAMES, MASK_FAMILIES, VARIANTS
 import cv2
 import numpy as np
@@ -175,6 +177,20 @@ def test_state_dict_of_a_variant(folders, tmp_path, monkeypatch):
             load_network(case, path)
 
 
+def test_state_dict_with_batch_normalisation(tmp_path, monkeypatch):
+    """As in the published DPT of ADE20K: the state dict tells."""
+    from anomaly_seg_ros import networks
+
+    monkeypatch.setitem(VARIANTS, 'dpt_tiny', ('dpt', SMALL['dpt'][2]))
+    monkeypatch.setitem(networks.NETWORKS, 'dpt_tiny', networks.load_transformers)
+    model = build('dpt', settings={**SMALL['dpt'][2], 'use_batch_norm_in_fusion_residual': True})
+    torch.save(model.state_dict(), tmp_path / 'dpt.pth')
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        got = load_network('dpt_tiny', tmp_path / 'dpt.pth', (64, 64)).module(image)
+        torch.testing.assert_close(got, model(pixel_values=image).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_state_dict_of_another_class_count(tmp_path):
     path = tmp_path / 'b0.pth'
     torch.save({'decode_head.classifier.bias': torch.zeros(150)}, path)
@@ -305,6 +321,30 @@ def rewrite_weights(folder, change):
     save_file(state, folder / 'model.safetensors')
 
 
+@pytest.mark.parametrize('case', ['segformer', 'beit', 'dpt'])
+def test_dropout_inside_the_blocks(case, folders, tmp_path):
+    """Passes that are not what each is alone are refused: never mixed, and no traceback."""
+    folder = copy_of(folders(case), tmp_path)
+    edit(folder / 'config.json', hidden_dropout_prob=0.1)
+    network = load_network(case, folder, (96, 128))
+    image = as_input(picture((96, 128)), network)
+    if case != 'dpt':
+        with pytest.raises(UserError, match=r'layers of this network \(model\..*dropout, .*'
+                                            r'Set hidden_dropout_prob to 0 in config\.json'):
+            fuse(network, 'variance', 1.0)
+        return
+    fused = fuse(network, 'variance', 1.0, passes=3)
+    layers = [m for m in fused.modules() if isinstance(m, FixedDropout)]
+    masks = [layer.masks for layer in layers]
+    with torch.inference_mode():
+        together = fused.body(image)
+        for t in range(3):
+            for layer, every in zip(layers, masks, strict=True):
+                layer.masks = every[t:t + 1]
+            error = (fused.body(image) - together[t:t + 1]).abs().mean()
+            assert error < 1e-4 * together.std(dim=0).mean()
+
+
 def test_keys_that_do_not_fit(folders, tmp_path):
     folder = copy_of(folders('segformer'), tmp_path)
 
@@ -346,7 +386,14 @@ def test_weights_that_are_not_finite(folders, tmp_path):
     (lambda f: edit(f / 'config.json', model_type='bert'), r"'bert'.*Supported are.*segformer"),
     (lambda f: (f / 'preprocessor_config.json').unlink(),
      r'no preprocessor_config\.json.*AutoImageProcessor'),
-    (lambda f: edit(f / 'preprocessor_config.json', image_mean=[0.5]), r'expected 3 values'),
+    (lambda f: edit(f / 'config.json', id2label=dict(enumerate(CITYSCAPES_CLASSES, 1))),
+     r'config\.json: id2label must number the 19 classes from 0 to 18, got 1, 2, 3'),
+    *((lambda f, key=key, value=value: edit(f / 'preprocessor_config.json', **{key: value}),
+       rf'preprocessor_config\.json: {key} must be .*, got ')
+      for key, value in (('image_mean', [0.5]), ('image_mean', ['a', 'b', 'c']),
+                         ('image_mean', None), ('image_std', [0, 0, 0]), ('image_std', 0.5),
+                         ('rescale_factor', 0), ('rescale_factor', None),
+                         ('rescale_factor', 'x'), ('rescale_factor', math.nan))),
     (lambda f: (f / 'model.safetensors').unlink(), r'neither model\.safetensors nor pytorch_mod'),
     (lambda f: (f / 'model.safetensors').write_bytes(b'no'), r'model\.safetensors: not a read'),
 ])

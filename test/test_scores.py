@@ -213,7 +213,7 @@ def sample_reference(name, logits, temperature):
     p = softmax(f)
     mean = p.mean(axis=0, keepdims=True)
     if name == 'msp':
-        return 1 - mean.max(axis=1)
+        return np.sort(mean, axis=1)[:, :-1].sum(axis=1)
     if name == 'max_logit':
         return -f.mean(axis=0, keepdims=True).max(axis=1)
     if name == 'energy':
@@ -246,6 +246,24 @@ def test_samples_that_agree_carry_no_information(random_logits):
     torch.testing.assert_close(SAMPLE_SCORES['predictive_entropy'](same),
                                SCORES['entropy'](same[:1]), rtol=1e-5, atol=1e-6)
     assert torch.equal(mean_posterior(same).argmax(dim=1), same[:1].argmax(dim=1))
+
+
+def sure_samples():
+    """Make samples that are ever surer, up to a posterior of 1 - 1e-37; one pixel is a tie."""
+    logits = torch.zeros(3, 19, 1, 81)
+    logits[:, 4] = torch.linspace(5, 85, 81) + torch.tensor([0., 0.5, 1])[:, None, None]
+    logits[:, 7, :, 3] = logits[:, 4, :, 3]
+    return logits
+
+
+def test_sure_samples_keep_their_order():
+    logits = sure_samples()
+    got = SAMPLE_SCORES['msp'](logits).double().numpy()
+    np.testing.assert_allclose(got, sample_reference('msp', logits, 1.0), rtol=1e-5)
+    torch.testing.assert_close(SAMPLE_SCORES['msp'](logits[:1]), SCORES['msp'](logits[:1]),
+                               rtol=1e-5, atol=TINY)
+    equal = SAMPLE_SCORES['msp'](torch.zeros(2, 19, 1, 1)).item()
+    assert equal == pytest.approx(1 - 1 / 19, rel=1e-6)
 
 
 @pytest.mark.parametrize('temperature', [0.0, -1.0, math.nan, math.inf])

@@ -5,11 +5,11 @@ from dataclasses import replace
 import math
 
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export import OPSET
+from anomaly_seg_ros.export import OPSET, to_onnx
 from anomaly_seg_ros.fused import applicable_scores, fuse, MONTE_CARLO_SCORES, score_parameters
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
 from anomaly_seg_ros.networks.erfnet import ERFNet
-from anomaly_seg_ros.networks.heads import FixedDropout
+from anomaly_seg_ros.networks.heads import FixedDropout, MasksAsLogits, MasksHead
 from anomaly_seg_ros.networks.numerics import settle_vector_math
 from anomaly_seg_ros.networks.subpixel import classes_last
 from anomaly_seg_ros.scores import MASK_SCORES, SAMPLE_SCORES, SCORES
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import onnxruntime
 import pytest
-from test_scores import mask_reference, reference, sample_reference, TINY
+from test_scores import mask_reference, reference, sample_reference, sure_samples, TINY
 import torch
 
 settle_vector_math()
@@ -121,6 +121,36 @@ def test_mask_scores_in_the_graph():
                                        atol=1e-6 * max(1, np.abs(want).max()), err_msg=name)
 
 
+def test_pixels_that_no_mask_claims():
+    """In the exported graph labels and scores there are those of float64, down to -100."""
+    depths = torch.tensor([-10., -12, -14, -17, -18, -20, -30, -50, -75, -100])
+    masks = torch.zeros(1, 19, 1, 1) + depths
+    masks[:, 5, :, :-1] += 4  # the query of class 5 is the least unsure; the end is out of reach
+    classes = torch.randn(1, 19, 20, generator=torch.Generator().manual_seed(14))
+    classes[0].fill_diagonal_(9.0)
+    image = masks.permute(0, 2, 3, 1).reshape(1, 1, -1, 19).expand(1, 3, -1, -1).contiguous()
+    for name in MASK_SCORES:
+        head = MasksHead(MasksOfImage(classes), MASK_SCORES[name], False, None).eval()
+        session = onnxruntime.InferenceSession(to_onnx(head, image),
+                                               providers=['CPUExecutionProvider'])
+        labels, anomaly = session.run(['labels', 'anomaly'], {'image': image.numpy()})
+        assert labels[0, 0, :-1].tolist() == [5] * 9, name
+        want = mask_reference(name, classes, masks, 1.0)
+        np.testing.assert_allclose(anomaly, want, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+class MasksOfImage(torch.nn.Module):
+    """A mask network whose mask logits are the image: (1, 3, W, Q) -> (1, Q, 1, W)."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.register_buffer('classes', classes)
+
+    def forward(self, image):
+        """Return class logits and mask logits."""
+        return self.classes, image[:, :1].permute(0, 3, 1, 2)
+
+
 def test_sample_scores_in_the_graph():
     names = tuple(SAMPLE_SCORES)
     run = in_graph(SAMPLE_SCORES, names, (torch.zeros(4, 19, 16, 24),))
@@ -131,6 +161,11 @@ def test_sample_scores_in_the_graph():
             want = sample_reference(name, logits, t)
             np.testing.assert_allclose(value, want, rtol=1e-5,
                                        atol=1e-6 * max(1, np.abs(want).max()), err_msg=name)
+    sure = torch.zeros(4, 19, 16, 24)
+    sure[:3] = sure_samples()[..., :24]
+    sure[3] = sure[2]
+    np.testing.assert_allclose(run(sure)['msp', 1.0], sample_reference('msp', sure, 1.0),
+                               rtol=1e-5)
 
 
 @pytest.fixture(scope='module')
@@ -259,6 +294,8 @@ def test_scores_that_do_not_apply_are_refused_with_those_that_do(erfnets):
             fuse(plain, score, 1.0)
     with pytest.raises(UserError, match=r"'void' does not apply .* gives masks.*polito_rba, rba$"):
         fuse(replace(plain, outputs='masks'), 'void', 1.0)
+    with pytest.raises(UserError, match=r"'polito_msp' does not apply .* gives masks of one cl"):
+        fuse(replace(plain, outputs='masks', classes=('road',)), 'polito_msp', 1.0)
     with pytest.raises(UserError, match=r"'rba' does not apply to erfnet, which is an ensemble"):
         fuse(load_network('erfnet', erfnets), 'rba', 1.0)
     with pytest.raises(UserError, match=r"unknown score 'odin'; choose one of"):
@@ -331,6 +368,15 @@ def test_ensemble_of_mask_networks(image):
     torch.testing.assert_close(anomaly.double(), want, rtol=1e-4, atol=1e-5)
     assert (labels == mean.argmax(dim=1)).float().mean() > 0.999
     assert want.max() <= math.log(19)
+
+
+def test_members_that_claim_nothing_keep_their_opinion():
+    masks = torch.full((1, 2, 1, 1), -78.0)
+    classes = torch.tensor([[[0., 0, 5, 0], [0, 0, 6, 0]]])
+    logits = MasksAsLogits(FixedMasks(classes, masks), None)(torch.zeros(1, 3, 1, 1))
+    want = classes.double().softmax(dim=-1)[..., :-1].sum(dim=1)
+    torch.testing.assert_close(logits.softmax(dim=1)[..., 0, 0].double(), want / want.sum(),
+                               rtol=1e-5, atol=1e-7)
 
 
 def test_ensembles_of_different_kinds_are_refused():

@@ -274,14 +274,21 @@ def _print_bench(rows: list[list[str]], title: str) -> None:
 
 @click.command('fetch')
 @click.argument('name')
-@click.option('--output', 'folder', type=FILE, default=Path(), help='Folder for the files.')
-def fetch_command(name: str, folder: Path) -> None:
-    """Download the public checkpoint NAME of models/catalogue.yaml and verify it."""
+@click.option('--output', 'folder', type=FILE, show_default='NAME',
+              help='Folder for the files; each checkpoint needs its own.')
+def fetch_command(name: str, folder: Path | None) -> None:
+    """
+    Download the public checkpoint NAME of models/catalogue.yaml and verify it.
+
+    Prints the command that exports it.
+    """
     from anomaly_seg_ros.fetch import fetch
+    folder = folder or Path(name)
     with progress_bar() as progress:
         entry = fetch(name, folder,
                       progress=lambda what, done, total: progress(what, done, total or done))
-    OUT.print(f'{entry.name} in {folder}', highlight=False, soft_wrap=True)
+    OUT.print(f'{entry.name} in {folder}. To export it:', highlight=False, soft_wrap=True)
+    click.echo(entry.export_command(folder))
 
 
 @click.command()

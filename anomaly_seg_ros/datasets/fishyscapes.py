@@ -10,6 +10,7 @@ from pathlib import Path
 from anomaly_seg_ros.datasets.paired import IMAGE, Layout, Pair, PairedDataset, simple_layout
 from anomaly_seg_ros.datasets.reading import file_size_hw, read_image
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.files import array_error
 import numpy as np
 
 _LOST_AND_FOUND_IMAGE = rf'leftImg8bit/(?:train|test)/[^/]+/(?P<a>[^/]+)_leftImg8bit\.{IMAGE}'
@@ -113,7 +114,7 @@ class FsStatic(PairedDataset):
         # A damaged archive raises zipfile, zlib, pickle and key errors.
         except Exception as error:
             raise UserError(f'{pair.image}: not a readable archive with an array rgb '
-                            f'({error}). Download it again.') from error
+                            f'({array_error(error)}). Download it again.') from error
         if difference.shape != image.shape:
             raise UserError(f'{pair.image}: rgb must have the shape {image.shape} of {original}, '
                             f'got {difference.shape}. Download both again.')

@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeVar
 from anomaly_seg_ros.datasets.reading import read_codes
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.extras import how_to_install
+from anomaly_seg_ros.files import array_error
 from anomaly_seg_ros.metrics.compat import (
     CaosMetrics, CaosPerImage, S2mCounts, S2mMetrics, SmiycPixel, SmiycPixelMetrics)
 from anomaly_seg_ros.metrics.components import ComponentCounts, ComponentMetrics, find_track
@@ -152,8 +153,8 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
         if not isinstance(array, np.ndarray):
             raise ValueError('an .npz archive')
     except (OSError, ValueError, EOFError, MemoryError) as error:
-        raise UserError(f'{path}: not a readable .npy array ({error}). Write it again with '
-                        'numpy.save; pickled objects are not read.') from error
+        raise UserError(f'{path}: not a readable .npy array ({array_error(error)}). Write it '
+                        'again with numpy.save; pickled objects are not read.') from error
     return array.astype(array.dtype.newbyteorder('='), copy=False)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_DRIVABLE, CITYSCAPES_PALETTE
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.extras import how_to_install
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.networks.variants import FAMILY_NAMES, VARIANTS
 
@@ -104,7 +105,7 @@ def load_erfnet(name: str, weights: Path | str,
     bias = state.get('decoder.output_conv.bias')
     if bias is not None and bias.shape not in ((classes,), (classes + 1,)):
         raise UserError(f'{weights}: expected {classes} classes, or {classes + 1} with void last, '
-                        f'got {bias.shape[0]}; ERFNet is loaded for the Cityscapes classes only')
+                        f'got {bias.numel()}; ERFNet is loaded for the Cityscapes classes only')
     has_void = bias is not None and len(bias) == classes + 1
     network = ERFNet(classes + has_void).eval()
     fit_state_dict(network, state, weights)
@@ -143,8 +144,8 @@ def load_transformers(name: str, weights: Path | str,
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError(f'network {name!r} needs the transformers library ({error}). Install it '
-                        "with pip install 'anomaly_seg_ros[networks]'.") from error
+        raise UserError(f'network {name!r} needs the transformers library ({error}): '
+                        f'{how_to_install("networks")}') from error
     from anomaly_seg_ros.networks.huggingface import load_huggingface
     return load_huggingface(name, weights, input_size_hw)
 

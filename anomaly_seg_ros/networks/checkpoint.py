@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-import pickle
+import re
 from typing import TYPE_CHECKING
 
 from anomaly_seg_ros.errors import UserError
@@ -38,12 +38,16 @@ def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
             state = load_file(path)
         else:
             state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f'{path}: holds more than tensors (or is damaged), and was not executed: '
-            f'{_first_line(error)} Save it again with torch.save(model.state_dict(), ...) '
-            'or as .safetensors.') from error
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
+        if found := re.search(r'GLOBAL ([\w.]+)', str(error)):
+            raise UserError(
+                f'{path}: holds more than tensors ({found[1]}), and was not executed. Where you '
+                'trust its source, have it saved again with torch.save(model.state_dict(), ...) '
+                'or as .safetensors.') from error
+        if 'weights_only' in str(error):  # torch's advice to execute the file
+            raise UserError(f'{path}: not a weights file, or damaged; it was not executed. Give a '
+                            'state dict (.pth, .pt, .safetensors), or download it '
+                            'again.') from error
         raise UserError(f'{path}: not a readable weights file '
                         f'({type(error).__name__}: {_first_line(error)}). Download or '
                         'save it again.') from error
@@ -62,14 +66,20 @@ def read_state_dict(path: Path | str) -> 'dict[str, Tensor]':
 
 
 def fit_state_dict(network: 'nn.Module', state: 'Mapping[str, Tensor]', path: Path | str) -> None:
-    """Load ``state`` into ``network``; an error says which keys do not fit."""
-    own = network.state_dict()
+    """
+    Load ``state`` into ``network``; an error says which keys do not fit.
+
+    Counts of the batches seen serve training only; files of PyTorch before 0.4.1 have none.
+    """
+    own, state = (
+        {key: value for key, value in one.items() if not key.endswith('num_batches_tracked')}
+        for one in (network.state_dict(), state))
     check_fit(type(network).__name__, path,
               missing=own.keys() - state.keys(), unexpected=state.keys() - own.keys(),
               wrong=[(key, own[key].shape, state[key].shape)
                      for key in own.keys() & state.keys() if own[key].shape != state[key].shape])
     check_finite(state, path)
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=False)
 
 
 def check_fit(network: str, path: Path | str, missing: Iterable[str], unexpected: Iterable[str],

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
+from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.networks.subpixel import classes_last
 from anomaly_seg_ros.scores import class_scores, mean_posterior
 import torch
@@ -171,7 +172,7 @@ class MasksAsLogits(nn.Module):
         """Image (1, 3, H, W) -> logits (1, C, h, w)."""
         class_logits, mask_logits = self.body(image)
         mask_logits = resize(mask_logits.float(), self.mask_size_hw or image.shape[-2:])
-        return class_scores(class_logits, mask_logits).clamp_min(1e-30).log()
+        return class_scores(class_logits, mask_logits).clamp_min(1.2e-38).log()
 
 
 class FixedDropout(nn.Module):
@@ -213,6 +214,12 @@ def monte_carlo(body: nn.Module, image_shape: tuple[int, ...], passes: int,
     passes, seed
         Number of masks and seed of their generator.
 
+    Raises
+    ------
+    UserError
+        If the network does not take the passes for samples of a batch: transformers reshape by the
+        batch they began with, and some use one layer at several widths.
+
     """
     body = deepcopy(body)
     layers = {name: module for name, module in body.named_modules() if is_dropout(module)}
@@ -233,7 +240,34 @@ def monte_carlo(body: nn.Module, image_shape: tuple[int, ...], passes: int,
         masks = (torch.rand(passes, width, generator=generator) < keep).float() / keep
         parent, _, leaf = name.rpartition('.')
         setattr(body.get_submodule(parent), leaf, FixedDropout(masks))
-    return body.eval()
+    if not _passes_are_samples(body.eval(), torch.rand(image_shape, generator=generator), passes):
+        names = ', '.join([*layers][:3]) + (', ...' if len(layers) > 3 else '')
+        raise UserError(f'the dropout layers of this network ({names}) cannot act for several '
+                        'passes at once, because some lie inside the blocks of a transformer. Set '
+                        'hidden_dropout_prob to 0 in config.json, so that dropout before the last '
+                        'layer alone acts, where there is any; or take an ensemble (several '
+                        '--weights) or another score.')
+    return body
+
+
+def _passes_are_samples(body: nn.Module, image: Tensor, passes: int) -> bool:
+    """Tell whether the last pass is what it is without the others."""
+    layers = [module for module in body.modules() if isinstance(module, FixedDropout)]
+    masks = [layer.masks for layer in layers]
+    with torch.inference_mode():
+        try:
+            together = body(image)
+        except (RuntimeError, ValueError):  # shapes that do not fit each other
+            return False
+        for layer in layers:
+            layer.masks = layer.masks[-1:]
+        alone = body(image)
+        for layer, every in zip(layers, masks, strict=True):
+            layer.masks = every
+    if together.shape != (passes, *alone.shape[1:]):
+        return False
+    error = (together[-1:] - alone).abs().mean()  # rounding; of mixed passes, their differences
+    return bool(error <= 1e-3 * alone.abs().mean())
 
 
 def is_dropout(module: nn.Module) -> bool:

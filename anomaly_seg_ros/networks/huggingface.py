@@ -195,8 +195,12 @@ FAMILIES: dict[str, Family] = {
                        'num_queries': ('query.weight', _first),
                        'image_size': ('embeddings.position_embeddings.weight',
                                       lambda shape: 16 * math.isqrt(shape[0]))}),
+    # The published ADE20K checkpoint has batch normalisation in its fusion stage, others do not.
     'dpt': Family('DPTForSemanticSegmentation', 'DPTConfig', 'head.head.4.bias', adapt=_dpt,
-                  normalisation=HALF, patch=True),
+                  normalisation=HALF, patch=True, from_state={
+                      'use_batch_norm_in_fusion_residual': (
+                          'neck.fusion_stage.layers.0.residual_layer2.batch_norm1.weight',
+                          lambda shape: True)}),
     'beit': Family('BeitForSemanticSegmentation', 'BeitConfig', 'decode_head.classifier.bias',
                    adapt=_beit, normalisation=HALF, patch=True),
     'mobilenet_v2_deeplabv3plus': Family(
@@ -312,6 +316,11 @@ def _read_folder(family_name: str, folder: Path, source: str, licence: str) -> _
     except Exception as error:  # whatever the library's checks raise
         raise UserError(f'{folder / "config.json"}: not a valid configuration '
                         f'({type(error).__name__}: {error}).') from error
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        numbers = ', '.join(str(number) for number in sorted(config.id2label)[:3])
+        raise UserError(f'{folder / "config.json"}: id2label must number the {config.num_labels} '
+                        f'classes from 0 to {config.num_labels - 1}, got {numbers}, ... Number '
+                        'them in the order in which the network gives them.')
     processor = read_processor(folder)
     mean_std = normalisation(processor, folder)
     state: dict[str, Tensor] = {}

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ from anomaly_seg_ros.errors import UserError
 
 Triple = tuple[float, float, float]
 
+_FILES = ('preprocessor_config.json', 'processor_config.json')
+
 
 def read_processor(folder: Path) -> dict[str, Any]:
     """Return the settings of a folder's image processor; raises UserError where it has none."""
-    if (folder / 'preprocessor_config.json').is_file():
-        return read_json(folder / 'preprocessor_config.json', 'preprocessing')
-    if (folder / 'processor_config.json').is_file():
-        settings = read_json(folder / 'processor_config.json', 'preprocessing')
+    own, shared = (folder / name for name in _FILES)
+    if own.is_file():
+        return read_json(own, 'preprocessing')
+    if shared.is_file():
+        settings = read_json(shared, 'preprocessing')
         return dict(settings.get('image_processor', settings))
     raise UserError(f'{folder}: no preprocessor_config.json, so how to normalise images is not '
                     'known. Save the image processor too: '
@@ -24,18 +28,40 @@ def read_processor(folder: Path) -> dict[str, Any]:
 
 
 def normalisation(processor: Mapping[str, Any], folder: Path) -> tuple[Triple, Triple]:
-    """Return mean and std for values in [0, 1], whatever the processor rescales by."""
-    mean, std = processor.get('image_mean'), processor.get('image_std')
-    if not processor.get('do_normalize', True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) == 3):
-        raise UserError(f'{folder}: expected 3 values of image_mean and image_std in the '
-                        f'preprocessing, got {mean} and {std}.')
+    """
+    Return mean and std for values in [0, 1], whatever the processor rescales by.
+
+    Raises
+    ------
+    UserError
+        If an entry is missing or makes no sense; names it and its file.
+
+    """
+    mean: Any = [0.0] * 3
+    std: Any = [1.0] * 3
+    if processor.get('do_normalize', True):
+        mean, std = processor.get('image_mean'), processor.get('image_std')
     factor = processor.get('rescale_factor', 1 / 255) if processor.get('do_rescale', True) else 1
+    for entry, value, fits, expected in (
+            ('image_mean', mean, _are_three(mean), '3 values'),
+            ('image_std', std, _are_three(std) and min(std) > 0, '3 values above 0'),
+            ('rescale_factor', factor, _is_number(factor) and factor > 0, 'a number above 0')):
+        if not fits:
+            name = next((name for name in _FILES if (folder / name).is_file()), _FILES[0])
+            raise UserError(f'{folder / name}: {entry} must be {expected}, got {value!r}. Take '
+                            'what the network was trained with.')
     scale = 255 * float(factor)
     if abs(scale - 1) < 1e-6:
         scale = 1.0
     return _triple(mean, scale), _triple(std, scale)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _are_three(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
 
 
 def _triple(values: Sequence[float], scale: float) -> Triple:
