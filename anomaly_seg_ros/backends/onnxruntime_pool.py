@@ -39,6 +39,7 @@ def give_back_unless_used() -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
     use_pool(options)
     # Shrinking is something that a run does at its end.
     shrinking = onnxruntime.RunOptions()
