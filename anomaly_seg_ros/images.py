@@ -9,6 +9,7 @@ Nothing is guessed: a message that contradicts itself raises :class:`BadImage`.
 
 import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ _MAX_JPEG_SEGMENTS = 4096
 # marker, or by the marker that ends the scan. (Without the +, the second one is searched fast.)
 _JPEG_MARKER = re.compile(rb'\xff+([^\x00\xff])')
 _JPEG_SCAN_END = re.compile(rb'\xff([^\x00\xd0-\xd7\xff])')
+_MAX_CODE_ZEROS = 1  # bytes, at the end of a picture's code; of black, say
 
 
 class BadImage(ValueError):
@@ -427,11 +429,8 @@ def _decode_jpeg(encoded: np.ndarray, size_hw: tuple[int, int],
         try:
             pixels = _decode_strictly(encoded, decoded_hw, factor, into)
         except ValueError as error:
-            plain = _plain_jpeg(encoded)
             try:
-                if plain is None:
-                    raise
-                pixels = _decode_strictly(plain, decoded_hw, factor, into)
+                pixels = _decode_mended(encoded, str(error), decoded_hw, factor, into)
             except ValueError:
                 raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}).',
                                'Check the publisher or the recording.') from error
@@ -459,27 +458,42 @@ def _decode_strictly(encoded: np.ndarray, decoded_hw: tuple[int, int], factor: i
     return pixels
 
 
-def _plain_jpeg(encoded: np.ndarray) -> np.ndarray | None:
+def _decode_mended(encoded: np.ndarray, warning: str, decoded_hw: tuple[int, int], factor: int,
+                   into: np.ndarray | None) -> np.ndarray:
     """
-    Return a JPEG with the same pixels but without what libjpeg merely warns of; None if none is.
+    Decode a JPEG without what libjpeg merely warns of; ValueError if that is not all.
 
     Some cameras pad with zeros before the end marker, and some encoders write a JFIF version, an
     Adobe transform, scan parameters or a colour profile that libjpeg warns of and passes over. A
-    warning hides whatever else is wrong, so this mends the data as libjpeg reads it, to be decoded
+    warning hides whatever else is wrong, so the data is mended as libjpeg reads it and decoded
     strictly again.
     """
-    data, sequential = bytearray(encoded), False
+    data = _with_plain_headers(encoded)
+    attempts = [] if np.array_equal(data, encoded) else [data]
+    end = next((at - 2 for marker, at in _jpeg_segments(data) if marker == 0xd9), 0)
+    code = data[:end].tobytes().rstrip(b'\0')
+    if code.endswith(b'\xff'):  # the zero behind it is no padding
+        code += b'\0'
+    # As few zeros as make the picture whole. With all of them, one that was cut off and filled up
+    # would pass: libjpeg takes zeros for code until the picture is full.
+    attempts += [np.frombuffer(code + bytes(count) + data[end:].tobytes(), np.uint8)
+                 for count in range(min(end - len(code), _MAX_CODE_ZEROS + 1))]
+    for attempt in attempts:
+        with suppress(ValueError):
+            return _decode_strictly(attempt, decoded_hw, factor, into)
+    raise ValueError(warning)
+
+
+def _with_plain_headers(encoded: np.ndarray) -> np.ndarray:
+    """Return a JPEG whose header says in the usual way what libjpeg takes it to mean."""
+    data, sequential = encoded.copy(), False
     transform = 2 if _jpeg_frame(encoded).channels == 4 else 1
     for marker, position in _jpeg_segments(encoded):
         end = position + int.from_bytes(encoded[position:position + 2].tobytes(), 'big')
-        name = data[position + 2:position + 7]
-        if marker == 0xd9:
-            scans = data[:position - 2].rstrip(b'\0')
-            # A zero behind 0xFF belongs to the code.
-            del data[len(scans) + scans.endswith(b'\xff'):position - 2]
-        elif end > len(data):
+        if end > len(data):
             break
-        elif marker == 0xe0 and name == b'JFIF\0' and end >= position + 16:
+        name = data[position + 2:position + 7].tobytes()
+        if marker == 0xe0 and name == b'JFIF\0' and end >= position + 16:
             data[position + 7] = 1
         elif marker == 0xee and name == b'Adobe' and end >= position + 14:
             if data[position + 13] not in (0, transform):
@@ -487,9 +501,9 @@ def _plain_jpeg(encoded: np.ndarray) -> np.ndarray | None:
         elif marker == 0xe2 and name == b'ICC_P':
             data[position + 2] = 0
         elif marker == 0xda and sequential and end >= position + 6:
-            data[end - 3:end] = b'\0\x3f\0'
+            data[end - 3:end] = 0, 0x3f, 0
         sequential = sequential or marker in (0xc0, 0xc1)
-    return None if data == encoded.data else np.frombuffer(data, np.uint8)
+    return data
 
 
 def _jpeg_segments(encoded: np.ndarray) -> Iterator[tuple[int, int]]:

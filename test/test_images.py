@@ -252,6 +252,12 @@ def test_what_libjpeg_merely_warns_of_costs_no_frame(
                 inserted(b'\xff\xe2', b'ICC_PROFILE\0\5\2'),
                 changed(b'\3\1\0\2\x11\3\x11\0\x3f\0', b'\3\1\0\2\x11\3\x11\0\0\0')):
         np.testing.assert_array_equal(decode_compressed(odd, 'jpeg', (50, 50)).array, expected)
+    # The code itself ends in a zero where the picture ends in black.
+    black = encode(np.zeros((96, 128, 3), np.uint8), '.jpg')
+    assert black.endswith(b'\0\xff\xd9')
+    for odd in (padded(black), padded(black, bytes(1000)),
+                padded(black.replace(b'JFIF\0\1\1', b'JFIF\0\2\1'))):
+        assert not decode_compressed(odd, 'jpeg').array.any()
     # What hides behind such a warning is not passed over with it.
     half = len(plain) // 2
     for data in (plain, jfif_2):
@@ -259,6 +265,11 @@ def test_what_libjpeg_merely_warns_of_costs_no_frame(
                        padded(data[:half] + bytes(60) + data[half + 60:])):
             with pytest.raises(BadImage, match='cut off or damaged'):
                 decode_compressed(broken, 'jpeg')
+    # libjpeg takes zeros for code: the rest of a picture that was cut off becomes stripes.
+    for cut in (len(plain) // 3, half, len(plain) * 9 // 10, len(plain) - 400):
+        for zeros in (60, len(plain), 50 * len(plain)):
+            with pytest.raises(BadImage, match='cut off or damaged'):
+                decode_compressed(plain[:cut] + bytes(zeros) + plain[-2:], 'jpeg')
 
 
 def test_grey_jpeg_becomes_colour(picture: np.ndarray) -> None:
