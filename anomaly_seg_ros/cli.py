@@ -63,6 +63,7 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:  # a file or folder that may not be read, a disk that is full, ...
         said = f'{error.filename}: {error.strerror}' if error.filename else error
+        logging.getLogger(__name__).info('', exc_info=error)
         CONSOLE.print(f'error: {said}', style='red', highlight=False, markup=False,
                       soft_wrap=True)
         sys.exit(1)

@@ -188,8 +188,8 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     if len(frame_ids) < 2:
         pooled_notes.append('One frame varies in nothing: no figure has an interval.')
     elif len(scored) < 2:
-        pooled_notes.append('Pooled figures have no interval: fewer than two frames have ground '
-                            'truth.')
+        pooled_notes.append('Pooled figures have no interval: fewer than two frames have an '
+                            'anomaly mask.')
     elif all(scores is not None for scores in stored):
         counts = [_bin_counts(*scores) for scores in stored if scores is not None]
         drawn = _resample_pooled(counts, resamples, seed)

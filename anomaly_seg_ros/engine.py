@@ -186,7 +186,7 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
     output = Path(output)
     if output.suffix != '.engine':
         raise UserError(f'{output}: an engine is read by its name, which must end in .engine, '
-                        f'such as {output.with_suffix(".engine").name}')
+                        f'such as {model.path.with_suffix(".engine").name}')
     refuse_cpu_int8(model)
     select_gpu(settings.device)
     gpu = describe_gpu(settings.device)

@@ -427,14 +427,23 @@ def claim(folder: Path, owned: Mapping[str, Sequence[str]]) -> None:
         strange = [] if (folder / mark).exists() else [
             folder / name for name in names if (folder / name).exists()]
         if strange:
-            raise UserError(f'{strange[0]}: is there already and not from a run of this program. '
-                            'Choose another output folder; this one would be overwritten.')
+            raise UserError(f'{strange[0]}: is there already and not from a run of this program, '
+                            'or of an older version. Choose another output folder; this one '
+                            'would be overwritten.')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for mark in owned:
             (folder / mark).touch()
     except OSError as error:
         raise _not_writable(folder, error) from error
+
+
+def _is_of_a_model(metrics: Path) -> bool:
+    """Tell whether these are the results of a run of a model, not of stored scores."""
+    try:
+        return 'model' in json.loads(metrics.read_text(encoding='utf-8'))['run']
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:
@@ -555,11 +564,9 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
 
     """
     output = Path(output)
-    if (output / _MARK).exists():
-        results = [output / name for name in _RESULTS if (output / name).exists()]
-        if results:
-            raise UserError(f'{results[0]}: is of a run that knows labels and latencies too, and '
-                            'would be overwritten. Choose another output folder.')
+    if _is_of_a_model(output / 'metrics.json'):
+        raise UserError(f'{output / "metrics.json"}: is of a run that knows labels and latencies '
+                        'too, and would be overwritten. Choose another output folder.')
     result = score_metrics(StoredScores(scores, masks), track=track, workers=workers,
                            keep_going=keep_going, ray=ray,
                            progress=None if progress is None else

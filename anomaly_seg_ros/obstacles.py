@@ -137,7 +137,7 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
 
 def rows_to_search(anomaly: np.ndarray, threshold: float, height: int) -> slice:
     """
-    Return the rows in which a score can reach ``threshold`` after it was resized.
+    Return the rows in which a score can reach ``threshold`` after it was enlarged.
 
     In most frames that is a part of the picture, which is found in the small map in no time.
 
@@ -152,12 +152,11 @@ def rows_to_search(anomaly: np.ndarray, threshold: float, height: int) -> slice:
 
     """
     # An interpolated score is at most the largest of those it lies between, but for rounding.
-    rounding = 1e-6 * float(np.abs(anomaly).max())
-    rows = np.flatnonzero(anomaly.max(axis=1) >= threshold - rounding)
+    highest = anomaly.max(axis=1)
+    rounding = 1e-6 * max(float(highest.max()), -float(anomaly.min()))
+    rows = np.flatnonzero(highest >= threshold - rounding)
     if not len(rows):
         return slice(0, 0)
-    if len(anomaly) == height:
-        return slice(int(rows[0]), int(rows[-1]) + 1)
     # Row y lies at (y + 1/2) / scale - 1/2, between the row before and the row after that place.
     scale = height / len(anomaly)
     first = math.floor((rows[0] - 0.5) * scale - 0.5)

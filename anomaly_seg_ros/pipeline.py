@@ -143,7 +143,8 @@ class Pipeline:
                                         maps['labels'], maps['anomaly'])
         clock.append(time.perf_counter())
 
-        rows = rows_to_search(output.anomaly, self.settings.threshold, size_hw[0])
+        rows = slice(None) if anomaly is output.anomaly else rows_to_search(
+            output.anomaly, self.settings.threshold, size_hw[0])
         mask, obstacles = find_obstacles(anomaly, self.settings, output.labels,
                                          self.card.drivable, maps['mask'], rows)
         clock.append(time.perf_counter())

@@ -330,10 +330,11 @@ def _memberships(mask_logits: 'Tensor') -> 'Tensor':
     ``sigmoid(m)`` by its definition, with all its digits also where no mask claims a pixel.
 
     ONNX Runtime's own operator is an approximation on the CPU: 6e-3 off at -12 and exactly 0 from
-    -18 down. Held at -80 and 80, beyond which exponentials would leave float32.
+    -18 down. Held from -80 on, below which exponentials would leave float32.
     """
-    weights = mask_logits.float().clamp(-80.0, 80.0).exp()
-    return weights / (1 + weights)
+    logits = mask_logits.float()
+    smaller = (-logits.abs()).clamp_min(-80.0).exp()
+    return smaller.where(logits < 0, 1.0) / (1 + smaller)
 
 
 def _mix(class_values: 'Tensor', mask_logits: 'Tensor') -> 'Tensor':

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every backend that this machine can run gives PyTorch's numbers; the others say why not."""
 
-import importlib.util
+from importlib import metadata
 import logging
 from pathlib import Path
 import subprocess
@@ -215,7 +215,7 @@ def test_a_provider_that_is_not_in_this_build_is_an_error(tmp_path: Path) -> Non
 def test_two_onnxruntimes_in_one_folder_are_named(tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """By what pip has recorded, with the way out."""
-    if installed_twice() or importlib.util.find_spec('onnxruntime') is None:
+    if installed_twice() or not [*metadata.distributions(name='onnxruntime')]:
         pytest.skip('they are not as usual here')
     folder = tmp_path / 'onnxruntime_gpu-1.31.1.dist-info'
     folder.mkdir()

@@ -118,7 +118,7 @@ def test_one_frame_has_no_pooled_interval(stored_frames, tmp_path):
             stream.write('no_mask,,\n')
     comparison = compare_runs(runs)
     assert [row.low for row in select(comparison, 'AP', 'pooled')] == [None, None]
-    assert any('fewer than two frames have ground truth' in note for note in comparison.notes)
+    assert any('fewer than two frames have an anomaly mask' in note for note in comparison.notes)
 
 
 def test_component_figures_of_two_tracks_are_not_compared(tmp_path):

@@ -75,7 +75,7 @@ def test_rows_to_search(seed: int, small: int, width: int, height: int, sigma: f
     """The rows that are not searched hold nothing; the others are found in the small map."""
     score = blobs(seed, (small, width), sigma, 0.5)
     score[seed % small, seed % width] *= outlier
-    resized = score if small == height else cv2.resize(score, (3 * width, height))
+    resized = cv2.resize(score, (3 * width, height))
     # Up to the highest score itself, and above it.
     threshold = float(np.quantile(score, quantile) if quantile <= 1 else score.max() + 1)
     rows = rows_to_search(score, threshold, height)

@@ -40,10 +40,10 @@ class AllScores(torch.nn.Module):
 # Of those that scores are made of, the operators for which ONNX Runtime has CUDA kernels in float
 # (its docs/OperatorKernels.md). One of any other kind and the backend cuda refuses the graph.
 ON_CUDA = {
-    'Add', 'Cast', 'Clip', 'Concat', 'Div', 'Equal', 'Exp', 'Expand', 'Gather', 'Gemm', 'Identity',
-    'Log', 'MatMul', 'Max', 'Min', 'Mul', 'Neg', 'Pow', 'ReduceMax', 'ReduceMean', 'ReduceSum',
-    'Reshape', 'Round', 'Sigmoid', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Squeeze', 'Sub', 'Sum',
-    'Tanh', 'Transpose', 'Unsqueeze', 'Where'}
+    'Abs', 'Add', 'Cast', 'Clip', 'Concat', 'Div', 'Equal', 'Exp', 'Expand', 'Gather', 'Gemm',
+    'Identity', 'Less', 'Log', 'MatMul', 'Max', 'Min', 'Mul', 'Neg', 'Pow', 'ReduceMax',
+    'ReduceMean', 'ReduceSum', 'Reshape', 'Round', 'Sigmoid', 'Slice', 'Softmax', 'Split',
+    'Sqrt', 'Squeeze', 'Sub', 'Sum', 'Tanh', 'Transpose', 'Unsqueeze', 'Where'}
 
 
 def in_graph(table, names, inputs, module=AllScores):

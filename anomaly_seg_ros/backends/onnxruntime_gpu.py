@@ -13,7 +13,7 @@ from pathlib import Path
 
 from anomaly_seg_ros.backends.base import Backend
 from anomaly_seg_ros.backends.onnxruntime import installed_twice, open_session, session_options
-from anomaly_seg_ros.cuda import CudaBuffers, describe_gpu, missing_cuda
+from anomaly_seg_ros.cuda import CudaBuffers, describe_gpu, missing_cuda, select_gpu
 from anomaly_seg_ros.engine import refuse_cpu_int8
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import ModelFile
@@ -76,6 +76,7 @@ class OnnxRuntimeCuda(Backend):
         self._input, self._outputs = input_port(model.card), output_ports(model.card)
         if self._provider == _TENSORRT:
             refuse_cpu_int8(model)
+        select_gpu(device)
         self._gpu = describe_gpu(device)
         self._buffers = CudaBuffers([self._input, *self._outputs], device)
         self.input_buffer = self._buffers.host['image']

@@ -26,17 +26,16 @@ class TensorrtBackend(Backend):
     name = 'tensorrt'
 
     @classmethod
-    def unavailable(cls, model: ModelFile, device: int = 0) -> str | None:
-        """Tell whether TensorRT, this GPU and a fitting engine are here."""
+    def unavailable(cls, model: ModelFile) -> str | None:
+        """Tell whether TensorRT, a GPU and a fitting engine for the first one are here."""
         reason = missing_tensorrt()
         if reason is not None:
             return reason
         import tensorrt
 
         try:
-            select_gpu(device)
             check_engine(load_engine(engine_path(model)), model, tensorrt.__version__,
-                         describe_gpu(device))
+                         describe_gpu())
         except UserError as error:
             return str(error)
         return None
