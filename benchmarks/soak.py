@@ -75,8 +75,8 @@ def main() -> int:
     frames = [SyntheticDrive(seed=9, frames=2, size_hw=size, anomalies=True)[k].image_rgb
               for size in ((480, 640), (720, 1280)) for k in range(2)]
     model = args.model or resource('models/demo.onnx')
-    print(f'{"minute":>7}{"MiB":>8}{"shared":>8}{"threads":>9}{"files":>7}{"sent":>8}{"answered":>10}'
-          f'{"reports":>9}')
+    print(f'{"minute":>7}{"MiB":>8}{"shared":>8}{"threads":>9}{"files":>7}{"sent":>8}'
+          f'{"answered":>10}{"reports":>9}')
     with tempfile.TemporaryDirectory() as folder:
         copies = [Path(folder) / name for name in ('a.onnx', 'b.onnx')]
         for copy in copies:
@@ -119,8 +119,9 @@ def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: fl
             own_mib, shared_mib = memory_mib(run.pid)
             uses.append((now, own_mib, process.num_threads(), process.num_fds(), shared_mib))
             if int(now) % 60 == 0:
-                print(f'{now / 60:>7.1f}{own_mib:>8.0f}{shared_mib:>8.0f}{uses[-1][2]:>9}{uses[-1][3]:>7}'
-                      f'{sent:>8}{answered:>10}{run.client.reports:>9}', flush=True)
+                print(f'{now / 60:>7.1f}{own_mib:>8.0f}{shared_mib:>8.0f}{uses[-1][2]:>9}'
+                      f'{uses[-1][3]:>7}{sent:>8}{answered:>10}{run.client.reports:>9}',
+                      flush=True)
     if warm is None:
         raise SystemExit('too short to judge')
     missed = max(0, round((time.monotonic() - began - warm[0]) / PERIOD_S) - 1
@@ -133,9 +134,9 @@ def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: fl
                    (slice(None, part), slice(-part, None)))
     grown = last[0] / first[0] - 1
     print(f'after warm-up of {warm[0]:.0f} s: memory {first[0]:.0f} -> {last[0]:.0f} MiB '
-          f'({grown:+.1%}), shared {first[3]:.0f} -> {last[3]:.0f} MiB, threads {first[1]:.0f} -> {last[1]:.0f}, files {first[2]:.0f} -> '
-          f'{last[2]:.0f}, missed diagnostics {missed}; answered {answered} of {sent}, bad frames '
-          f'{bad}')
+          f'({grown:+.1%}), shared {first[3]:.0f} -> {last[3]:.0f} MiB, threads {first[1]:.0f} -> '
+          f'{last[1]:.0f}, files {first[2]:.0f} -> {last[2]:.0f}, missed diagnostics {missed}; '
+          f'answered {answered} of {sent}, bad frames {bad}')
     good = grown <= GROWTH and (last[1:3] <= first[1:3]).all() and missed == 0
     print('passed' if good else 'FAILED')
     return 0 if good else 1

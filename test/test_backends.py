@@ -35,7 +35,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NETWORKS, 'small', small_network.load)
 
 
-# Resident MiB: one of two sessions open, none open.
+# Resident MiB: a session open, closed, another one open.
 MEMORY = """
 import resource
 from anomaly_seg_ros.backends import open_backend
@@ -47,26 +47,28 @@ def resident_mib():
     return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() / 2**20
 model = load_model_file({path!r})
 image = np.zeros((1, 3, *model.card.input_size_hw), np.float32)
+other = open_backend(model, 'cpu', threads=1)
 with open_backend(model, 'cpu', threads=1) as one:
-    with open_backend(model, 'cpu', threads=1) as other:
-        one.run(image), other.run(image)
+    one.run(image)
     print(resident_mib())
+print(resident_mib())
+other.run(image)
 print(resident_mib())
 """
 
 
 @pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
-def test_memory_is_given_back_with_the_last_session(small_weights: Path,  # noqa: F811
-                                                    tmp_path: Path) -> None:
-    """Sessions share their working memory; it stays while one is open, and not longer."""
+def test_working_memory_is_given_back_with_a_session(small_weights: Path,  # noqa: F811
+                                                     tmp_path: Path) -> None:
+    """Also while another is open, which takes its own when it runs."""
     path = tmp_path / 'large.onnx'
     export_model(ExportRequest('small', small_weights, input_size_hw=(1024, 2048)), path,
                  frames(1))
     result = subprocess.run([sys.executable, '-c', MEMORY.format(path=str(path))], check=True,
                             capture_output=True, text=True)
-    one, none = (float(line) for line in result.stdout.split())
+    one, none, other = (float(line) for line in result.stdout.split())
     # The output of the first convolution is one part of it.
-    assert one - none > 8 * 512 * 1024 * 4 / 2**20
+    assert min(one, other) - none > 8 * 512 * 1024 * 4 / 2**20
 
 
 @pytest.mark.parametrize('name', sorted(BACKENDS))

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends.base import Backend
-from anomaly_seg_ros.backends.onnxruntime_pool import (
-    give_back_unless_used, remember, use_pool)
+from anomaly_seg_ros.backends.onnxruntime_pool import give_back, use_pool
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import ModelFile
 from anomaly_seg_ros.ports import (
@@ -54,7 +53,6 @@ class OnnxRuntimeCpu(Backend):
         if model.card.precision == 'int8' and not adds_int8_exactly(_CPU_INFO):
             options.add_session_config_entry('session.x64quantprecision', '1')
         self._session = open_session(model, options, [('CPUExecutionProvider', {})])
-        remember(self._session)
         self._input = input_port(model.card)
         self._binding = self._session.io_binding()
         self._outputs = []
@@ -82,7 +80,7 @@ class OnnxRuntimeCpu(Backend):
     def close(self) -> None:
         """Free the session; the backend cannot run afterwards."""
         self._binding = self._session = None
-        give_back_unless_used()
+        give_back()
 
 
 def adds_int8_exactly(cpu_info: Path) -> bool:

@@ -8,7 +8,6 @@ held up to a third more memory than before.
 
 from functools import cache
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 
@@ -16,8 +15,6 @@ import numpy as np
 _IDENTITY = (b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08'
              b'\x01\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B'
              b'\x04\n\x00\x10\r')
-
-_sessions: WeakSet[Any] = WeakSet()
 
 
 def use_pool(options: Any) -> None:
@@ -27,15 +24,13 @@ def use_pool(options: Any) -> None:
     options.add_session_config_entry('session.use_device_allocator_for_initializers', '1')
 
 
-def remember(session: Any) -> None:
-    """Keep the pool's memory while this session is there."""
-    _sessions.add(session)
+def give_back() -> None:
+    """
+    Free what no run is using of the pool's memory; the next run takes its own anew.
 
-
-def give_back_unless_used() -> None:
-    """Free the pool's memory if no session is there any more; the pool stays."""
-    if _sessions:
-        return
+    For the end of a session. While its successor warmed up both ran at the same time, perhaps, and
+    the pool would hold memory for two from then on.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
