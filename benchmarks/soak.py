@@ -71,6 +71,7 @@ def main() -> int:
     parser.add_argument('--minutes', type=float, default=30.0)
     parser.add_argument('--rate', type=float, default=5.0, help='frames per second')
     parser.add_argument('--model', type=Path, default=None, help='default: the bundled one')
+    parser.add_argument('--no-swaps', action='store_true', help='keep to one model')
     args = parser.parse_args()
     frames = [SyntheticDrive(seed=9, frames=2, size_hw=size, anomalies=True)[k].image_rgb
               for size in ((480, 640), (720, 1280)) for k in range(2)]
@@ -83,7 +84,7 @@ def main() -> int:
             shutil.copy(model, copy)
         parameters = {'model': str(copies[0]), 'diagnostics_period_s': PERIOD_S}
         with NodeRun(parameters, outputs=OUTPUTS, reliable=False) as run:
-            return soak(run, frames, copies, args.minutes, args.rate)
+            return soak(run, frames, copies[:1 if args.no_swaps else 2], args.minutes, args.rate)
 
 
 def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: float,
@@ -107,7 +108,7 @@ def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: fl
             sent += 1
         if index % 97 == 0:
             set_parameter(run, 'minimum_area_px', 50 + index % 50)
-        if index % 401 == 0:
+        if index % 401 == 0 and len(copies) > 1:
             set_parameter(run, 'model', str(copies[index // 401 % 2]))
         for stamp_ns in run.client.complete():
             run.client.take(stamp_ns)
