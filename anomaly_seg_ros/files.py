@@ -59,12 +59,13 @@ def atomic_write_text(path: Path | str, text: str) -> None:
     atomic_write_bytes(path, text.encode('utf-8'))
 
 
-def sha256_file(path: Path | str) -> str:
-    """Return the hexadecimal SHA-256 of a file's content."""
+def sha256_file(*paths: Path | str) -> str:
+    """Return the hexadecimal SHA-256 of a file's content, of several one after the other."""
     digest = hashlib.sha256()
-    with open(path, 'rb') as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with open(path, 'rb') as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -429,11 +429,11 @@ def _decode_jpeg(encoded: np.ndarray, size_hw: tuple[int, int],
         try:
             pixels = _decode_strictly(encoded, decoded_hw, factor, into)
         except ValueError as error:
-            try:
-                pixels = _decode_mended(encoded, str(error), decoded_hw, factor, into)
-            except ValueError:
+            mended = _decode_mended(encoded, decoded_hw, factor, into)
+            if mended is None:
                 raise BadImage(f'JPEG of {encoded.size} bytes is cut off or damaged ({error}).',
                                'Check the publisher or the recording.') from error
+            pixels = mended
         return DecodedImage(pixels, 'bgr', size_hw)
     if not _is_whole_jpeg(encoded):
         raise BadImage(f'JPEG of {encoded.size} bytes is cut off: no end marker.',
@@ -458,10 +458,10 @@ def _decode_strictly(encoded: np.ndarray, decoded_hw: tuple[int, int], factor: i
     return pixels
 
 
-def _decode_mended(encoded: np.ndarray, warning: str, decoded_hw: tuple[int, int], factor: int,
-                   into: np.ndarray | None) -> np.ndarray:
+def _decode_mended(encoded: np.ndarray, decoded_hw: tuple[int, int], factor: int,
+                   into: np.ndarray | None) -> np.ndarray | None:
     """
-    Decode a JPEG without what libjpeg merely warns of; ValueError if that is not all.
+    Decode a JPEG without what libjpeg merely warns of; None if that is not all.
 
     Some cameras pad with zeros before the end marker, and some encoders write a JFIF version, an
     Adobe transform, scan parameters or a colour profile that libjpeg warns of and passes over. A
@@ -481,7 +481,7 @@ def _decode_mended(encoded: np.ndarray, warning: str, decoded_hw: tuple[int, int
     for attempt in attempts:
         with suppress(ValueError):
             return _decode_strictly(attempt, decoded_hw, factor, into)
-    raise ValueError(warning)
+    return None
 
 
 def _with_plain_headers(encoded: np.ndarray) -> np.ndarray:
