@@ -33,7 +33,7 @@ CONFIGURATIONS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
     ('tensorrt', 'tensorrt', {}),
     ('torch', 'torch', {}),
 )
-_FRAME_SIZE_HW = (1080, 1920)
+_FRAME_SIZE_HW = (1024, 2048)  # Cityscapes, and this package's other figures
 _MAX_IMAGES = 8
 
 Progress = Callable[[str, int, int], None]
@@ -112,7 +112,7 @@ def bench(model: Path | str, *, names: Sequence[str] | None = None, frames: int 
     frames, warm_up
         How many frames to measure, after how many that are not.
     frame_size_hw
-        Size of the camera's frames; default: what a ``device`` model is made for, else 1080x1920.
+        Size of the camera's frames; default: what a ``device`` model is made for, else 1024x2048.
     threads
         CPU threads; 0 takes as many as this process may use cores.
     images

@@ -172,6 +172,16 @@ def test_bench_prints_every_figure_at_80_characters(tiny_model: Path, tmp_path: 
             assert f'{measured["name"]}: not measured: {measured["reason"]}' in result.stdout
 
 
+def test_bench_fails_where_nothing_was_measured(tiny_model: Path, tmp_path: Path) -> None:
+    """A script that asked for one backend must not take silence for a result."""
+    report = tmp_path / 'bench.json'
+    result = run('bench', tiny_model, '--backend', 'tensorrt', '--json', report)
+    assert result.returncode == 1
+    assert 'tensorrt: not measured: ' in result.stdout
+    assert 'nothing was measured' in result.stderr
+    assert json.loads(report.read_text())['results'][0]['reason']
+
+
 @pytest.mark.parametrize('arguments', [
     ['demo', '--output', 'o'], ['replay', 'bag', '--output', 'o', '--through-node']])
 def test_without_ros_the_extra_is_named(arguments: list[str],
@@ -249,7 +259,7 @@ def test_bench_takes_the_frames_that_a_device_model_is_made_for(tmp_path: Path) 
     options = ['bench', str(path), '--backend', 'cpu', '--frames', '1', '--warm-up', '0']
     result = CliRunner().invoke(cli, options)
     assert result.exit_code == 0, result.output
-    assert 'frames of 40x24' in ' '.join(result.output.split())
+    assert f'{path}, frames of 40x24\n' in result.output
     result = CliRunner().invoke(cli, [*options, '--frame-size', '48x80'])
     assert isinstance(result.exception, UserError)
 

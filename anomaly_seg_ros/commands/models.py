@@ -244,29 +244,32 @@ def bench_command(model: Path, backends: tuple[str, ...], frames: int, warm_up: 
     from anomaly_seg_ros import bench
     from anomaly_seg_ros.evaluate import machine, versions
     from anomaly_seg_ros.files import atomic_write_text
-    from anomaly_seg_ros.model_file import load_model_file
-    frame_size_hw = frame_size_hw or load_model_file(model).card.frame_size_hw or (1024, 2048)
     with progress_bar() as progress:
         results = bench.bench(model, names=backends or None, frames=frames, warm_up=warm_up,
                               frame_size_hw=frame_size_hw, threads=threads, progress=progress)
-    _print_bench(bench.table(results),
-                 f'{model}, frames of {frame_size_hw[1]}x{frame_size_hw[0]}')
+    sizes = {'{1}x{0}'.format(*result.frame_size_hw) for result in results
+             if result.reason is None}
+    _print_bench(bench.table(results), ', frames of '.join((str(model), *sizes)))
     if json_path is not None:
         atomic_write_text(json_path, json.dumps(
             {'model': str(model), 'results': [asdict(result) for result in results],
              'versions': versions(), 'machine': machine()}, indent=1) + '\n')
+    if not sizes:
+        raise UserError('nothing was measured; the reasons are above')
 
 
 def _print_bench(rows: list[list[str]], title: str) -> None:
     # A column for each backend: 80 characters hold all figures, and what is too wide is folded.
     columns = [row for row in rows if len(row) == len(rows[0])]
-    table = Table(title=title)
+    OUT.print(title, highlight=False, soft_wrap=True)
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column[0], overflow='fold', no_wrap=not index,
                          justify='right' if index else 'left')
     for figures in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*figures)
-    OUT.print(table)
+    if len(columns) > 1:
+        OUT.print(table)
     for row in rows:
         if row not in columns:
             OUT.print(': '.join(row), highlight=False, soft_wrap=True)
