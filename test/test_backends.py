@@ -71,6 +71,29 @@ def test_working_memory_is_given_back_with_a_session(small_weights: Path,  # noq
     assert min(one, other) - none > 8 * 512 * 1024 * 4 / 2**20
 
 
+@pytest.mark.parametrize('mib, made', [(60, True), (68, False)])
+def test_large_constants_are_not_made_when_a_model_is_opened(mib: int, made: bool,
+                                                             tmp_path: Path) -> None:
+    """A graph may have one in each block; together they took 17 GB."""
+    import onnx
+    import onnxruntime
+    shape = np.array([mib, 2**18], np.int64)
+    graph = helper.make_graph(
+        [helper.make_node('Expand', ['one', 'shape'], ['wide']),
+         helper.make_node('Add', ['x', 'wide'], ['y'])], 'wide',
+        [helper.make_tensor_value_info('x', onnx.TensorProto.FLOAT, (1, 1))],
+        [helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, (mib, 2**18))],
+        [onnx.numpy_helper.from_array(np.ones((1, 2**18), np.float32), 'one'),
+         onnx.numpy_helper.from_array(shape, 'shape')])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    options = session_options(1)
+    options.optimized_model_filepath = str(tmp_path / 'optimised.onnx')
+    onnxruntime.InferenceSession(model.SerializeToString(), options,
+                                 providers=['CPUExecutionProvider'])
+    optimised = onnx.load(options.optimized_model_filepath)
+    assert ('Expand' not in [node.op_type for node in optimised.graph.node]) == made
+
+
 @pytest.mark.parametrize('name', sorted(BACKENDS))
 def test_backend_equals_pytorch(name: str, small_model: Path, known: None) -> None:  # noqa: F811
     """Labels are equal, the score within float32 rounding, at every call of the same backend."""

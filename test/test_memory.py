@@ -71,3 +71,35 @@ def test_freed_memory_is_given_back_on_demand() -> None:
 def test_freed_memory_is_kept() -> None:
     """Large messages that come and go then cost no page faults."""
     assert faults('keep_freed_memory()') < 100 < faults('')
+
+
+HEAPS = """
+import ctypes, threading
+from anomaly_seg_ros.memory import share_one_heap
+{call}
+held, all_hold, done = [], threading.Barrier(7), threading.Event()
+def work():
+    held.append([bytearray(1000) for _ in range(1000)])
+    all_hold.wait()
+    done.wait()
+threads = [threading.Thread(target=work) for _ in range(6)]
+for thread in threads:
+    thread.start()
+all_hold.wait()
+libc = ctypes.CDLL(None)
+output = ctypes.c_void_p.in_dll(libc, 'stdout')
+libc.malloc_info(0, output)
+libc.fflush(output)
+done.set()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc has these settings')
+def test_threads_share_one_heap() -> None:
+    """By default each of a few threads has its own, whose end malloc_trim does not give back."""
+    heaps = []
+    for call in ('', 'share_one_heap()'):
+        result = subprocess.run([sys.executable, '-c', HEAPS.format(call=call)], check=True,
+                                capture_output=True, text=True)
+        heaps.append(result.stdout.count('<heap nr='))
+    assert heaps[0] > 1 and heaps[1] == 1

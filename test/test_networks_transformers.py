@@ -22,6 +22,8 @@ import torch
 
 transformers = pytest.importorskip('transformers', reason='needs pip install .[networks]')
 
+from anomaly_seg_ros.networks.huggingface import (  # noqa: E402, I100
+    FAMILIES, RelativePositionBias)
 from segmenters import build, family, processor, save, SMALL  # noqa: E402, I100
 
 transformers.logging.set_verbosity_error()
@@ -281,6 +283,26 @@ def test_eomt_position_embeddings_at_their_own_size_are_untouched(folders):
         want = model(pixel_values=image)
     torch.testing.assert_close(masks, want.masks_queries_logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(classes, want.class_queries_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_beit_looks_up_what_the_library_computes(shared):
+    """The relative positions of every block, bit for bit, also at another size than trained."""
+    small = {**SMALL['beit'][2], 'use_relative_position_bias': not shared,
+             'use_shared_relative_position_bias': shared}
+    model = build('beit', settings=small)
+    biases = {name: module for name, module in model.named_modules()
+              if hasattr(module, 'relative_position_bias_table')}
+    assert len(biases) == (1 if shared else small['num_hidden_layers'])
+    for bias in biases.values():
+        torch.nn.init.normal_(bias.relative_position_bias_table)
+    with torch.inference_mode():
+        want = {name: bias((6, 10), True, dim_size=61) for name, bias in biases.items()}
+        FAMILIES['beit'].adapt(model, (96, 160))
+        for name, values in want.items():
+            found = model.get_submodule(name)
+            assert isinstance(found, RelativePositionBias)
+            assert torch.equal(found((6, 10), True, dim_size=61), values)
 
 
 @pytest.mark.parametrize('probability, message', [(1.0, None), (0.5, 'mask annealing')])

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 import threading
 import time
+from types import SimpleNamespace
 
 import _needs_ros  # noqa: F401
 from anomaly_seg_ros.errors import UserError
@@ -66,19 +67,35 @@ def test_transport() -> None:
     assert [check.level for check in other] == [WARN] and 'rmem_max' in other[0].remedy
 
 
-def test_profiles(tmp_path: Path) -> None:
-    assert doctor.shared_memory_segment(resource('config/fastdds.xml')) == 64 * 2**20
-    empty = tmp_path / 'udp.xml'
-    empty.write_text('<dds><profiles/></dds>')
-    assert doctor.shared_memory_segment(empty) == 512 * 1024
+def test_transport_by_profile(tmp_path: Path) -> None:
+    """One that cannot be read is an error; without shared memory the sockets' buffers count."""
     broken = tmp_path / 'broken.xml'
     broken.write_text('<dds>')
-    for path in (broken, tmp_path / 'absent.xml'):
-        with pytest.raises(UserError, match='no readable Fast DDS profile'):
-            doctor.shared_memory_segment(path)
     checks = list(doctor.check_transport(
         {'FASTRTPS_DEFAULT_PROFILES_FILE': str(broken)}, FRAME, True))
     assert [check.level for check in checks] == [ERROR]
+    checks = list(doctor.check_transport(
+        {'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}, 2**40, True))
+    assert [check.level for check in checks] == [WARN] and 'rmem_max' in checks[0].remedy
+
+
+def test_shared_memory_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named always, a warning from a gigabyte on or where room is short."""
+    def check(free_mib: int, left_mib: int) -> Check:
+        monkeypatch.setattr(doctor, 'left_behind', lambda folder: left_mib << 20)
+        monkeypatch.setattr(doctor.shutil, 'disk_usage', lambda folder: SimpleNamespace(
+            free=free_mib << 20, total=24000 << 20))
+        return doctor._check_shared_memory(64 << 20, tmp_path)
+
+    assert check(20000, 0) == Check('/dev/shm', OK, '20000 of 24000 MiB free')
+    few = check(20000, 70)
+    assert few.level == OK and '70 MiB left by programs that have ended' in few.message
+    many = check(20000, 3585)
+    assert many.level == WARN and 'fastdds shm clean' in many.remedy
+    assert check(100, 0).level == WARN and 'fastdds' not in check(100, 0).remedy
+    full = check(40, 70)
+    assert full.level == ERROR
+    assert 'fastdds shm clean' in full.remedy and '--shm-size' in full.remedy
 
 
 @pytest.mark.parametrize(('sim', 'clocks', 'age_s', 'level'), [

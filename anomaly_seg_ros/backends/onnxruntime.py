@@ -16,6 +16,9 @@ from anomaly_seg_ros.ports import (
     check_input, check_ports, input_port, NetworkOutput, output_ports, Port)
 import numpy as np
 
+# Constants that are larger are computed in each run: where each block of a network has one, they
+# would take more memory than everything else, and reading them as long as making them.
+_LARGEST_CONSTANT_BYTES = 64 << 20
 _CPU_INFO = Path('/proc/cpuinfo')
 _DTYPES = {'tensor(float)': 'float32', 'tensor(float16)': 'float16', 'tensor(uint8)': 'uint8',
            'tensor(int64)': 'int64', 'tensor(int32)': 'int32', 'tensor(double)': 'float64'}
@@ -108,6 +111,8 @@ def session_options(threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
+    options.add_session_config_entry('optimization.constant_folding_max_output_size_in_bytes',
+                                     str(_LARGEST_CONSTANT_BYTES))
     return options
 
 

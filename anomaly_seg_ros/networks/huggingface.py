@@ -29,6 +29,7 @@ from anomaly_seg_ros.networks.variants import VARIANTS
 import torch
 from torch import nn, Tensor
 import transformers
+from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -85,6 +86,36 @@ class DptLogits(nn.Module):
         return logits
 
 
+class RelativePositionBias(nn.Module):
+    """
+    BEiT's bias of one block for one grid of patches, looked up in a table.
+
+    The library computes the places in the table anew in each block, from which ONNX Runtime made
+    17 GB of constants when it opened a model of eight blocks for 512x1024.
+    """
+
+    def __init__(self, table: Tensor, places: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('table', table, persistent=False)
+        self.register_buffer('places', places, persistent=False)
+
+    @classmethod
+    def of(cls, bias: Any, grid_hw: tuple[int, int], places: Tensor) -> 'RelativePositionBias':
+        """Return what the library's module ``bias`` computes for ``grid_hw``."""
+        with torch.no_grad():
+            values = bias(grid_hw)[0]  # (heads, N, N), where N = h w + 1
+        table = values.new_empty(len(values), int(places.max()) + 1)
+        table[:, places.long()] = values
+        return cls(table, places)
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        """Return (1, heads, N, N); the arguments are the library's, and fixed here."""
+        table, places = self.table, self.places
+        assert isinstance(table, Tensor) and isinstance(places, Tensor)
+        values = table.index_select(1, places.flatten())  # a Gather, which int32 suffices for
+        return values.reshape(1, len(table), *places.shape)
+
+
 def _segmenter(model: Any, size_hw: tuple[int, int] | None) -> nn.Module:
     if getattr(model, 'auxiliary_head', None) is not None:
         model.auxiliary_head = None  # serves training only
@@ -93,6 +124,14 @@ def _segmenter(model: Any, size_hw: tuple[int, int] | None) -> nn.Module:
 
 def _beit(model: Any, size_hw: tuple[int, int] | None) -> nn.Module:
     model.auxiliary_head = None
+    if size_hw is not None:
+        patch = model.config.patch_size
+        grid_hw = (size_hw[0] // patch, size_hw[1] // patch)
+        biases = {name: module for name, module in model.named_modules()
+                  if isinstance(module, BeitRelativePositionBias)}
+        places = BeitRelativePositionBias.generate_relative_position_index(grid_hw).int()
+        for name, bias in biases.items():
+            model.set_submodule(name, RelativePositionBias.of(bias, grid_hw, places))
     return Logits(model, interpolate_pos_encoding=model.config.use_absolute_position_embeddings)
 
 
@@ -202,7 +241,7 @@ FAMILIES: dict[str, Family] = {
                           'neck.fusion_stage.layers.0.residual_layer2.batch_norm1.weight',
                           lambda shape: True)}),
     'beit': Family('BeitForSemanticSegmentation', 'BeitConfig', 'decode_head.classifier.bias',
-                   adapt=_beit, normalisation=HALF, patch=True),
+                   adapt=_beit, normalisation=HALF, patch=True, fixed_size=True),
     'mobilenet_v2_deeplabv3plus': Family(
         'MobileNetV2ForSemanticSegmentation', 'MobileNetV2Config',
         'segmentation_head.classifier.convolution.bias', normalisation=HALF),

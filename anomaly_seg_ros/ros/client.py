@@ -22,6 +22,7 @@ from anomaly_seg_ros.images import message_array, message_data
 from anomaly_seg_ros.memory import keep_freed_memory
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
+from anomaly_seg_ros.ros.transport import PROFILE_VARIABLES
 from diagnostic_msgs.msg import DiagnosticArray
 import numpy as np
 from rclpy.context import Context
@@ -34,7 +35,6 @@ import yaml
 
 NODE = 'anomaly_seg'
 OUTPUTS = ('labels', 'anomaly', 'obstacle_mask')
-_PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
 # What "python -m anomaly_seg_ros.ros.node" does, but ends when its parent is killed (Linux's
 # PR_SET_PDEATHSIG is 1): a node that is left over would go on for ever.
 _NODE_PROGRAM = ('import ctypes, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); '
@@ -96,9 +96,9 @@ class NodeAnswer:
 def transport_environment() -> dict[str, str]:
     """Return the variables that make Fast DDS carry big images, unless the user set others."""
     profile = str(resource('config/fastdds.xml'))
-    if any(name in os.environ for name in _PROFILE_VARIABLES):
+    if any(name in os.environ for name in PROFILE_VARIABLES):
         return {}
-    return dict.fromkeys(_PROFILE_VARIABLES, profile)
+    return dict.fromkeys(PROFILE_VARIABLES, profile)
 
 
 @contextmanager

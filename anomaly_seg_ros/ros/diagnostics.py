@@ -293,6 +293,8 @@ class NodeState:
         What is known about the loaded model and its backend.
     model_note
         What is worth a warning about the model; empty when nothing is.
+    transport_note
+        In what way big images travel worse than asked for; empty when they do not.
     swap
         What became of the last change of the model at run time; empty when there was none.
     swap_failed
@@ -314,6 +316,7 @@ class NodeState:
     error: str = ''
     model: Mapping[str, str] = field(default_factory=dict)
     model_note: str = ''
+    transport_note: str = ''
     swap: str = ''
     swap_failed: bool = False
     subscribed: Sequence[str] = ()
@@ -382,6 +385,8 @@ def _node(snapshot: Snapshot, state: NodeState) -> Status:
         findings.add(WARN, 'not configured')
     if not state.has_time:
         findings.add(WARN, 'use_sim_time is set, but no time comes on /clock')
+    if state.transport_note:
+        findings.add(WARN, state.transport_note)
     if masks := snapshot.new_events['fallback_masks']:
         findings.add(WARN, f'{masks} fallback masks published')
     if errors := snapshot.new_events['callback_errors']:
@@ -392,6 +397,7 @@ def _node(snapshot: Snapshot, state: NodeState) -> Status:
         'paused': str(state.paused).lower(),
         'fallback_masks': str(snapshot.events.get('fallback_masks', 0)),
         'callback_errors': str(snapshot.events.get('callback_errors', 0)),
+        'transport': state.transport_note,
         'transition_error': state.error,
         'last_error': snapshot.last_error})
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import shutil
 import time
 from typing import Any
-import xml.etree.ElementTree as ElementTree
 
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.errors import UserError
@@ -23,6 +22,8 @@ from anomaly_seg_ros.pipeline import BadOutput, Pipeline
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from anomaly_seg_ros.ros.loading import read_model
+from anomaly_seg_ros.ros.transport import (
+    left_behind, profile_path, PROFILE_VARIABLES, segment_size, SHARED_MEMORY)
 import rclpy
 from rclpy.context import Context
 from rclpy.exceptions import InvalidTopicNameException
@@ -36,10 +37,9 @@ from sensor_msgs.msg import CompressedImage, Image
 
 OK, WARN, ERROR = 'ok', 'WARN', 'ERROR'
 IMAGE_TYPES = {'raw': 'sensor_msgs/msg/Image', 'compressed': 'sensor_msgs/msg/CompressedImage'}
-PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
-# Segment of Fast DDS's built-in shared-memory transport.
-_DEFAULT_SEGMENT = 512 * 1024
 _MIB = 2**20
+# Of ended programs, from which on it is worth a warning.
+_MUCH_LEFT_BEHIND = 2**30
 _NAME = 'anomaly_seg_doctor'  # of the node that listens
 
 
@@ -343,16 +343,16 @@ def check_transport(environment: Mapping[str, str], frame_bytes: int,
     if 'fastrtps' not in middleware:
         yield from _check_socket_buffers(middleware, frame_bytes, size)
         return
-    profile = next((environment[name] for name in PROFILE_VARIABLES if environment.get(name)), '')
-    segment = _DEFAULT_SEGMENT
-    if profile:
-        try:
-            segment = shared_memory_segment(Path(profile))
-        except UserError as error:
-            yield Check('transport', ERROR, str(error),
-                        f'set {PROFILE_VARIABLES[0]} to {resource("config/fastdds.xml")}')
-            return
-    where = profile or 'the default'
+    try:
+        segment = segment_size(environment)
+    except UserError as error:
+        yield Check('transport', ERROR, str(error),
+                    f'set {PROFILE_VARIABLES[0]} to {resource("config/fastdds.xml")}')
+        return
+    if not segment:
+        yield from _check_socket_buffers(f'{middleware} without shared memory', frame_bytes, size)
+        return
+    where = profile_path(environment) or 'the default'
     # Two frames: one is read while the next is written.
     if segment < 2 * frame_bytes:
         yield Check('transport', ERROR if segment < frame_bytes else WARN,
@@ -366,43 +366,27 @@ def check_transport(environment: Mapping[str, str], frame_bytes: int,
     yield _check_shared_memory(segment)
 
 
-def shared_memory_segment(profile: Path) -> int:
-    """
-    Return the bytes of the shared-memory segment that a Fast DDS profile asks for.
-
-    Raises
-    ------
-    UserError
-        If the file is missing or not XML.
-
-    """
-    try:
-        root = ElementTree.parse(profile).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        raise UserError(f'{profile}: no readable Fast DDS profile ({error})') from error
-    for descriptor in root.iter():
-        if descriptor.tag.rpartition('}')[2] != 'transport_descriptor':
-            continue
-        values = {child.tag.rpartition('}')[2]: (child.text or '').strip()
-                  for child in descriptor}
-        if values.get('type') == 'SHM' and values.get('segment_size', '').isdecimal():
-            return int(values['segment_size'])
-    return _DEFAULT_SEGMENT
-
-
-def _check_shared_memory(segment: int, folder: str = '/dev/shm') -> Check:
+def _check_shared_memory(segment: int, folder: Path = SHARED_MEMORY) -> Check:
     try:
         usage = shutil.disk_usage(folder)
     except OSError as error:
         return Check('/dev/shm', ERROR, f'cannot be looked at ({error.strerror})',
                      'mount a tmpfs on /dev/shm')
     text = f'{usage.free / _MIB:.0f} of {usage.total / _MIB:.0f} MiB free'
+    left = left_behind(folder)
+    remedies = []
+    if left:
+        text += f', {left / _MIB:.0f} MiB left by programs that have ended'
+        remedies.append('free what ended programs left: fastdds shm clean (running ones keep '
+                        'theirs)')
     if usage.free < 3 * segment:
+        remedies.append('in a container: docker run --shm-size=1g (or --ipc=host); otherwise: '
+                        'mount -o remount,size=1g /dev/shm')
         return Check('/dev/shm', ERROR if usage.free < segment else WARN,
                      f'{text}; camera, node and viewer take {segment / _MIB:.0f} MiB each',
-                     'in a container: docker run --shm-size=1g (or --ipc=host); otherwise: mount '
-                     '-o remount,size=1g /dev/shm; segments of ended programs can be deleted '
-                     '(/dev/shm/fastrtps_*)')
+                     '; '.join(remedies))
+    if left >= _MUCH_LEFT_BEHIND:
+        return Check('/dev/shm', WARN, text, remedies[0])
     return Check('/dev/shm', OK, text)
 
 

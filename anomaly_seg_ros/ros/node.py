@@ -19,6 +19,7 @@ import traceback
 from typing import Any
 
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.memory import share_one_heap
 from anomaly_seg_ros.ros.conversions import full_name, stamp_to_ns
 from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
 from anomaly_seg_ros.ros.inbox import Gate, Mailbox
@@ -27,6 +28,7 @@ from anomaly_seg_ros.ros.loading import (
 from anomaly_seg_ros.ros.model_swap import ModelSwap
 from anomaly_seg_ros.ros.outputs import Outputs
 from anomaly_seg_ros.ros.parameters import declare_parameters, NAMES
+from anomaly_seg_ros.ros.transport import degraded
 from anomaly_seg_ros.ros.watchdog import Watchdog
 from anomaly_seg_ros.ros.worker import Arrival, Worker
 from diagnostic_msgs.msg import DiagnosticArray
@@ -38,6 +40,7 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.qos import qos_profile_sensor_data, QoSProfile, ReliabilityPolicy
+from rclpy.utilities import get_rmw_implementation_identifier
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
@@ -76,6 +79,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._swap = ModelSwap()
         self._levels: dict[str, int] = {}
         self._frame_id = ''
+        self._transport_note = ''
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
@@ -176,6 +180,8 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._watchdog.stop()
         self._watchdog = self._new_watchdog()
         self._swap = ModelSwap()
+        # The middleware has set itself up with the node.
+        self._transport_note = degraded(get_rmw_implementation_identifier(), os.environ)
         self._monitor.idle()  # a worker that got stuck earlier is no longer looked at
         began_s = time.monotonic()
         model = open_model(read_model(parameters.model), parameters)
@@ -393,8 +399,9 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             if source.startswith('provisional'):
                 note = f'threshold is {source}'
         return NodeState(
-            lifecycle=self._lifecycle, error=error, model=model,
-            model_note=note, swap=self._swap.report, swap_failed=self._swap.failed,
+            lifecycle=self._lifecycle, error=error, model=model, model_note=note,
+            transport_note=self._transport_note,
+            swap=self._swap.report, swap_failed=self._swap.failed,
             subscribed=subscribed, publishers=self.count_publishers(self._input_topic()),
             input_topic=self._input_topic(),
             paused=not subscribed and self._settings.pause_without_subscribers,
@@ -423,6 +430,7 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda number, frame: None)
     # The longest that a thread waits for Python's lock; 5 ms by default, too long for a frame.
     sys.setswitchinterval(5e-4)
+    share_one_heap()
     try:
         rclpy.init(args=args)
     except RuntimeError as error:  # a parameter file, remapping or log level that rcl cannot read
