@@ -127,10 +127,11 @@ def _beit(model: Any, size_hw: tuple[int, int] | None) -> nn.Module:
     if size_hw is not None:
         patch = model.config.patch_size
         grid_hw = (size_hw[0] // patch, size_hw[1] // patch)
-        biases = {name: module for name, module in model.named_modules()
-                  if isinstance(module, BeitRelativePositionBias)}
-        places = BeitRelativePositionBias.generate_relative_position_index(grid_hw).int()
-        for name, bias in biases.items():
+        biases = [(name, module) for name, module in model.named_modules()
+                  if isinstance(module, BeitRelativePositionBias)]
+        if biases:
+            places = biases[0][1].generate_relative_position_index(grid_hw).int()
+        for name, bias in biases:
             model.set_submodule(name, RelativePositionBias.of(bias, grid_hw, places))
     return Logits(model, interpolate_pos_encoding=model.config.use_absolute_position_embeddings)
 
