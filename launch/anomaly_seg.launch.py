@@ -29,6 +29,8 @@ ARGUMENTS = {
     'namespace': ('', 'Namespace of the node.'),
     'name': ('anomaly_seg', 'Name of the node, and so of its topics.'),
     'log_level': ('info', 'Log level of the node.'),
+    'respawn': ('false', 'Start the node again one second after it has ended, whatever the '
+                         'reason; for vehicles.'),
     'rviz': ('false', 'Start rviz2 with config/anomaly_seg.rviz.'),
     'foxglove': ('false', 'Start foxglove_bridge; open config/foxglove_layout.json in the app.'),
 }
@@ -73,6 +75,7 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     actions: list[LaunchDescriptionEntity] = [Node(
         package='anomaly_seg_ros', executable='anomaly_seg', name=value('name'),
         namespace=value('namespace'), output='screen', emulate_tty=True,
+        respawn=boolean('respawn', value('respawn')), respawn_delay=1.0,
         ros_arguments=['--log-level', value('log_level')],
         parameters=[value('params_file'), parameters],
         remappings=[('~/input/image', value('image')),

@@ -8,6 +8,7 @@ says is checked everywhere.
 
 import ast
 from collections.abc import Iterator
+from contextlib import closing
 import json
 import os
 from pathlib import Path
@@ -118,13 +119,30 @@ def launch(prefix: Path, domain_id: int, *arguments: str, file: Path = LAUNCH_FI
 
 
 def finish(process: 'subprocess.Popen[str]') -> str:
-    """Interrupt the launch and return what it wrote."""
-    os.killpg(process.pid, signal.SIGINT)
+    """Interrupt the launch, unless it has ended, and return what it wrote."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
     try:
         return process.communicate(timeout=20)[0]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.communicate()[0]
+
+
+def check_answer(process: 'subprocess.Popen[str]', domain_id: int) -> None:
+    """Wait for the node of a launch and let it answer a frame."""
+    with closing(NodeClient(domain_id, ('labels',))) as client:
+        for _ in range(600):
+            client.spin(0.05)
+            if client.ready or process.poll() is not None:
+                break
+        assert client.ready, finish(process)
+        client.send(make_frame(1), 42)
+        for _ in range(200):
+            client.spin(0.05)
+            if 42 in client.complete():
+                break
+        assert 42 in client.complete()
 
 
 def test_the_launch_file_starts_a_node_that_answers(prefix: Path, domain_id: int) -> None:
@@ -160,6 +178,25 @@ def test_the_launch_file_starts_a_node_that_answers(prefix: Path, domain_id: int
         finish(process)
 
 
+@pytest.mark.parametrize('respawn', [True, False])
+def test_a_node_that_was_killed_comes_back_on_request(prefix: Path, domain_id: int,
+                                                      respawn: bool) -> None:
+    """Without being asked to, the launch ends with it."""
+    process = launch(prefix, domain_id, 'image:=/anomaly_seg/input/image',
+                     f'model:={write_tiny_model(prefix / "tiny.onnx")}',
+                     f'respawn:={str(respawn).lower()}')
+    try:
+        check_answer(process, domain_id)
+        node, = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        os.kill(int(node), signal.SIGKILL)
+        if respawn:
+            check_answer(process, domain_id)
+        else:
+            process.wait(timeout=20)
+    finally:
+        finish(process)
+
+
 def test_the_launch_file_leaves_a_profile_of_the_user_alone(prefix: Path,
                                                             domain_id: int) -> None:
     show = prefix / 'show.py'
@@ -175,12 +212,13 @@ def test_the_launch_file_leaves_a_profile_of_the_user_alone(prefix: Path,
             [sys.executable, str(show)], capture_output=True, text=True, check=True, timeout=60,
             env={**environment, 'AMENT_PREFIX_PATH': str(prefix), **given}).stdout
         assert text.count('SetEnvironmentVariable') == expected
-        assert text.count('DeclareLaunchArgument') == 12
+        assert text.count('DeclareLaunchArgument') == 13
 
 
 @pytest.mark.parametrize(('argument', 'said'), [
     ('autostart:=maybe', 'launch argument autostart must be true or false'),
     ('rviz:=maybe', 'launch argument rviz must be true or false'),
+    ('respawn:=maybe', 'launch argument respawn must be true or false'),
     ('rviz:=true', "package 'rviz2' not found"),
     ('foxglove:=true', "package 'foxglove_bridge' not found"),
     ('params_file:=/nowhere.yaml', "launch argument params_file: no file '/nowhere.yaml'")])
