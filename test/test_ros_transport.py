@@ -3,15 +3,16 @@
 
 import fcntl
 from pathlib import Path
+import re
 import resource as limits
 
 import _needs_ros  # noqa: F401
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.client import NodeRun
-from anomaly_seg_ros.ros.transport import has_segment, left_behind, segment_size
+from anomaly_seg_ros.ros.transport import left_behind, segment_size, SharedMemoryCheck
 import pytest
-from ros_helpers import Driver
+from ros_helpers import Driver, make_frame
 
 UDP = '<transport_descriptor><transport_id>u</transport_id><type>UDPv4</type>' \
       '</transport_descriptor>'
@@ -19,6 +20,7 @@ SHM = '<transport_descriptor><transport_id>s</transport_id><type>SHM</type>' \
       '</transport_descriptor>'
 NO_BUILTIN = '<useBuiltinTransports> false </useBuiltinTransports>'
 DEFAULT = 512 * 1024
+SHIPPED = {'FASTDDS_DEFAULT_PROFILES_FILE': str(resource('config/fastdds.xml'))}
 
 
 @pytest.mark.parametrize(('content', 'size'), [
@@ -30,8 +32,7 @@ def test_segment_that_a_profile_asks_for(content: str, size: int, tmp_path: Path
 
 
 def test_segment_that_is_asked_for(tmp_path: Path) -> None:
-    shipped = str(resource('config/fastdds.xml'))
-    assert segment_size({'FASTDDS_DEFAULT_PROFILES_FILE': shipped}) == 64 * 2**20
+    assert segment_size(SHIPPED) == 64 * 2**20
     assert segment_size({}) == segment_size({'FASTDDS_BUILTIN_TRANSPORTS': 'SHM'}) == DEFAULT
     assert segment_size({'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}) == 0
     (tmp_path / 'broken.xml').write_text('<dds>')
@@ -40,15 +41,38 @@ def test_segment_that_is_asked_for(tmp_path: Path) -> None:
             segment_size({'FASTDDS_DEFAULT_PROFILES_FILE': str(tmp_path / name)})
 
 
-def test_segment_of_a_process(tmp_path: Path) -> None:
-    """Only a mapping of a segment counts: no port, no library, none that is smaller."""
-    maps = tmp_path / 'maps'
-    maps.write_text(
-        '7f0000000000-7f0004300000 r-xp 00000000 fe:00 1    /lib/libfastrtps_0123456789abcdef.so\n'
-        '7f0010000000-7f0014300000 rw-s 00000000 00:1b 2    /dev/shm/fastrtps_port7411\n'
-        '7f0020000000-7f0020087000 rw-s 00000000 00:1b 3    /dev/shm/fastrtps_9c7e79bbcfc12a3b\n')
-    assert has_segment(DEFAULT, maps) and not has_segment(64 * 2**20, maps)
-    assert has_segment(64 * 2**20, tmp_path / 'absent')
+def test_shared_memory_of_a_process(tmp_path: Path) -> None:
+    """Only a segment of its own counts, which is there and large enough."""
+    files = tmp_path / 'fd'
+    files.mkdir()
+    check = SharedMemoryCheck('rmw_fastrtps_cpp', SHIPPED)
+    for index, (name, size) in enumerate((
+            ('fastrtps_port7411', 2**27), ('fastrtps_9c7e79bbcfc12a3b', 2**19), ('other', 2**27))):
+        with (tmp_path / name).open('wb') as file:
+            file.truncate(size)
+        (files / str(index)).symlink_to(tmp_path / f'{name}_el')
+    (files / '7').symlink_to('pipe:[1234]')
+    assert 'no 64.0 MiB of shared memory' in check.problem(files)
+    assert SharedMemoryCheck('rmw_fastrtps_cpp', {}).problem(files) == ''
+    segment = tmp_path / 'fastrtps_0123456789abcdef'
+    with segment.open('wb') as file:
+        file.truncate(2**26 + 1000)
+    (files / '8').symlink_to(f'{segment}_el (deleted)')
+    assert check.problem(files) == ''
+    segment.unlink()
+    assert f'{segment}, shared memory of this node, has been deleted' in check.problem(files)
+
+
+def test_shared_memory_that_nobody_asked_for(tmp_path: Path) -> None:
+    """Another middleware, UDP on purpose, no /proc; but an unreadable profile is told."""
+    empty = tmp_path / 'fd'
+    empty.mkdir()
+    assert SharedMemoryCheck('rmw_cyclonedds_cpp', SHIPPED).problem(empty) == ''
+    udp = {'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}
+    assert SharedMemoryCheck('rmw_fastrtps_cpp', udp).problem(empty) == ''
+    assert SharedMemoryCheck('rmw_fastrtps_cpp', SHIPPED).problem(tmp_path / 'absent') == ''
+    absent = {'FASTDDS_DEFAULT_PROFILES_FILE': str(tmp_path / 'absent.xml')}
+    assert 'absent.xml: no readable' in SharedMemoryCheck('rmw_fastrtps_cpp', absent).problem()
 
 
 def test_what_ended_programs_left(tmp_path: Path) -> None:
@@ -67,18 +91,27 @@ def test_what_ended_programs_left(tmp_path: Path) -> None:
 
 def test_a_node_that_got_no_shared_memory_says_so() -> None:
     """Its answers would get lost in silence. Files may not be as large as the segment here."""
-    parameters = {'diagnostics_period_s': 0.1}
     old = limits.getrlimit(limits.RLIMIT_FSIZE)
     limits.setrlimit(limits.RLIMIT_FSIZE, (32 << 20, old[1]))
     try:
-        with NodeRun(parameters) as run:
-            Driver(run).wait(lambda: 'node.transport' in run.client.diagnostics)
-            assert run.client.diagnostics['node.level'] == '1'
-            assert 'no 64.0 MiB of shared memory' in run.client.diagnostics['node']
-            assert '/dev/shm' in run.client.diagnostics['node.transport']
+        with NodeRun({'diagnostics_period_s': 0.1}) as run:
+            diagnostics = run.client.diagnostics
+            Driver(run).wait(lambda: diagnostics.get('node.level') == '1', what='warning')
+            assert 'no 64.0 MiB of shared memory' in diagnostics['node']
+            assert '/dev/shm' in diagnostics['node.transport']
     finally:
         limits.setrlimit(limits.RLIMIT_FSIZE, old)
-    with NodeRun(parameters) as run:
-        Driver(run).wait(lambda: 'node.transport' in run.client.diagnostics)
-        assert run.client.diagnostics['node.level'] == '0'
-        assert run.client.diagnostics['node.transport'] == ''
+
+
+def test_shared_memory_that_is_deleted_is_told() -> None:
+    """As logind does for a user who logs out: known subscribers go on, new ones get nothing."""
+    with NodeRun({'diagnostics_period_s': 0.1}) as run:
+        driver, diagnostics = Driver(run), run.client.diagnostics
+        driver.answer(make_frame(1))
+        driver.wait(lambda: diagnostics.get('node.transport') == '')
+        assert diagnostics['node.level'] == '0'
+        for link in Path(f'/proc/{run.pid}/fd').iterdir():
+            if re.fullmatch('fastrtps_[0-9a-f]{16}_el', link.readlink().name):
+                Path(str(link.readlink()).removesuffix('_el')).unlink()
+        driver.wait(lambda: diagnostics['node.level'] == '1', what='warning')
+        assert 'has been deleted' in diagnostics['node']

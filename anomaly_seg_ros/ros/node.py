@@ -28,7 +28,7 @@ from anomaly_seg_ros.ros.loading import (
 from anomaly_seg_ros.ros.model_swap import ModelSwap
 from anomaly_seg_ros.ros.outputs import Outputs
 from anomaly_seg_ros.ros.parameters import declare_parameters, NAMES
-from anomaly_seg_ros.ros.transport import degraded
+from anomaly_seg_ros.ros.transport import SharedMemoryCheck
 from anomaly_seg_ros.ros.watchdog import Watchdog
 from anomaly_seg_ros.ros.worker import Arrival, Worker
 from diagnostic_msgs.msg import DiagnosticArray
@@ -79,7 +79,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._swap = ModelSwap()
         self._levels: dict[str, int] = {}
         self._frame_id = ''
-        self._transport_note = ''
+        self._shared_memory = SharedMemoryCheck(get_rmw_implementation_identifier(), os.environ)
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         self.add_on_set_parameters_callback(self._check_parameters)
         self.add_post_set_parameters_callback(self._apply_parameters)
@@ -180,8 +180,6 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._watchdog.stop()
         self._watchdog = self._new_watchdog()
         self._swap = ModelSwap()
-        # The middleware has set itself up with the node.
-        self._transport_note = degraded(get_rmw_implementation_identifier(), os.environ)
         self._monitor.idle()  # a worker that got stuck earlier is no longer looked at
         began_s = time.monotonic()
         model = open_model(read_model(parameters.model), parameters)
@@ -400,7 +398,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
                 note = f'threshold is {source}'
         return NodeState(
             lifecycle=self._lifecycle, error=error, model=model, model_note=note,
-            transport_note=self._transport_note,
+            transport_note=self._shared_memory.problem(),
             swap=self._swap.report, swap_failed=self._swap.failed,
             subscribed=subscribed, publishers=self.count_publishers(self._input_topic()),
             input_topic=self._input_topic(),

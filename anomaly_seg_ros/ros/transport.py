@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 import fcntl
+import os
 from pathlib import Path
 import re
 import xml.etree.ElementTree as ElementTree
@@ -16,7 +17,8 @@ SHARED_MEMORY = Path('/dev/shm')
 _DEFAULT_SEGMENT = 512 * 1024
 # Values of FASTDDS_BUILTIN_TRANSPORTS that leave shared memory out.
 _WITHOUT = ('NONE', 'UDPv4', 'UDPv6')
-_SEGMENT = re.compile(r'^([0-9a-f]+)-([0-9a-f]+) .*/fastrtps_[0-9a-f]{16}$', re.MULTILINE)
+# A process holds this lock, deleted or not, as long as it uses the segment beside it.
+_OWN_LOCK = re.compile(r'(/.*/fastrtps_[0-9a-f]{16})_el( \(deleted\))?')
 
 
 def profile_path(environment: Mapping[str, str]) -> str:
@@ -55,20 +57,6 @@ def segment_size(environment: Mapping[str, str]) -> int:
     return 0 if 'false' in builtin else _DEFAULT_SEGMENT
 
 
-def has_segment(size: int, maps: Path = Path('/proc/self/maps')) -> bool:
-    """
-    Tell whether this process has a segment of Fast DDS of ``size`` bytes or more.
-
-    Where it gets none of the size asked for, Fast DDS makes one of its default size, or none. True
-    where that cannot be seen.
-    """
-    try:
-        text = maps.read_text(encoding='utf-8', errors='replace')
-    except OSError:
-        return True
-    return any(int(end, 16) - int(begin, 16) >= size for begin, end in _SEGMENT.findall(text))
-
-
 def left_behind(folder: Path = SHARED_MEMORY) -> int:
     """
     Return the bytes of shared memory that belong to programs which have ended.
@@ -85,15 +73,44 @@ def left_behind(folder: Path = SHARED_MEMORY) -> int:
     return size
 
 
-def degraded(middleware: str, environment: Mapping[str, str]) -> str:
-    """Say in what way big images travel worse than Fast DDS was asked for; empty for none."""
-    if 'fastrtps' not in middleware:
-        return ''
-    try:
-        wanted = segment_size(environment)
-    except UserError as error:
-        return str(error)
-    if not wanted or has_segment(wanted):
-        return ''
-    return (f'Fast DDS got no {wanted / 2**20:.1f} MiB of shared memory, so images may be lost. '
-            'Ask "anomaly-seg doctor" about /dev/shm, then start the node again')
+class SharedMemoryCheck:
+    """Whether this process still has the shared memory that Fast DDS was asked for."""
+
+    def __init__(self, middleware: str, environment: Mapping[str, str]) -> None:
+        """Take the identifier of the RMW implementation, and the variables it started with."""
+        self._wanted, self._unreadable = 0, ''
+        if 'fastrtps' in middleware:
+            try:
+                self._wanted = segment_size(environment)
+            except UserError as error:
+                self._unreadable = str(error)
+
+    def problem(self, files: Path = Path('/proc/self/fd')) -> str:
+        """
+        Say what is wrong now; empty where nothing is, or where it cannot be seen.
+
+        ``files`` are links to the files that this process has open.
+        """
+        if not self._wanted:
+            return self._unreadable
+        gone = ''
+        try:
+            links = list(files.iterdir())
+        except OSError:
+            return ''
+        for link in links:
+            with suppress(OSError):  # closed by now
+                own = _OWN_LOCK.fullmatch(os.readlink(link))
+                if own is None:
+                    continue
+                segment = Path(own[1])
+                if not segment.exists():
+                    gone = str(segment)
+                elif segment.stat().st_size >= self._wanted:
+                    return ''
+        if gone:
+            return (f'{gone}, shared memory of this node, has been deleted: who subscribes from '
+                    'now on receives nothing. Start the node again; if it goes at the end of a '
+                    'login, set RemoveIPC=no in logind.conf')
+        return (f'Fast DDS got no {self._wanted / 2**20:.1f} MiB of shared memory, so images may '
+                'be lost. Ask "anomaly-seg doctor" about /dev/shm, then start the node again')
