@@ -224,6 +224,12 @@ def test_lifecycle_errors_are_shown() -> None:
     assert judge(Monitor(), NodeState('inactive'))['node'].level == OK
 
 
+def test_who_publishes_the_same_and_how_images_travel() -> None:
+    found = judge(Monitor(), active(rivals=1, transport_note='no shared memory'))['node']
+    assert found.level == WARN and found.values['rivals'] == '1'
+    assert 'running twice' in found.message and 'no shared memory' in found.message
+
+
 def test_message() -> None:
     statuses = assess(Monitor().snapshot(), active(), NodeParameters())
     message = to_message(statuses, 'anomaly_seg', '/camera', Time(sec=3, nanosec=4))

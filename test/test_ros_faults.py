@@ -256,20 +256,23 @@ def test_publisher_killed_and_restarted(model: Path, tmp_path: Path) -> None:
         assert len(answered) >= 20 and answered <= sent
 
 
-def test_subscriber_killed(node: Driver, pipeline: Pipeline) -> None:
-    """A dead subscriber, even a reliable one, does not hold up the others."""
+@pytest.mark.parametrize('fault', [signal.SIGKILL, signal.SIGSTOP])
+def test_subscriber_killed_or_stuck(node: Driver, pipeline: Pipeline,
+                                    fault: signal.Signals) -> None:
+    """A dead subscriber, or one that reads no more, a reliable one, does not hold up others."""
     subscriber = start_helper(subscribe_forever, node.run.domain_id)
     try:
         node.settle(1.5)
         for k in range(5):
             node.check_answer(pipeline, make_frame(k), RECOVERY_S)
+        os.kill(subscriber.pid, fault)
+        began = time.monotonic()
+        for k in range(30):
+            node.check_answer(pipeline, make_frame(k), RECOVERY_S)
+        assert time.monotonic() - began < 10
     finally:
         os.kill(subscriber.pid, signal.SIGKILL)
         subscriber.wait()
-    began = time.monotonic()
-    for k in range(30):
-        node.check_answer(pipeline, make_frame(k), RECOVERY_S)
-    assert time.monotonic() - began < 10
 
 
 def test_damaged_jpegs(model: Path, pipeline: Pipeline) -> None:

@@ -285,6 +285,19 @@ def test_another_publisher_does_not_make_frames_up(model: Path) -> None:
         assert int(driver.fresh()['input.received']) == before + 1
 
 
+def test_a_second_node_on_the_same_topics_is_a_warning(model: Path) -> None:
+    """A subscriber could not tell whose mask it has."""
+    parameters = {**FAST, 'model': str(model)}
+    with NodeRun(parameters, outputs=('labels',)) as run:
+        driver = Driver(run)
+        driver.wait(lambda: run.client.diagnostics.get('node.rivals') == '0')
+        with NodeRun(parameters, outputs=('labels',), wait_active=False,
+                     domain_id=run.domain_id):
+            driver.wait(lambda: run.client.diagnostics['node.level'] == '1', what='warning')
+            assert 'running twice' in run.client.diagnostics['node']
+        driver.wait(lambda: run.client.diagnostics['node.level'] == '0', what='end of it')
+
+
 def test_every_frame_waits_in_a_bounded_queue(model: Path) -> None:
     parameters = {**FAST, 'model': str(model), 'frame_policy': 'every', 'queue_size': 4,
                   'input_reliability': 'reliable', 'qos_depth': 32}

@@ -305,6 +305,8 @@ class NodeState:
         Number of publishers of the input image.
     input_topic
         Its resolved name.
+    rivals
+        Number of other publishers of the obstacle mask's topic.
     paused
         Whether the network pauses because nobody subscribes.
     has_time
@@ -322,6 +324,7 @@ class NodeState:
     subscribed: Sequence[str] = ()
     publishers: int = 0
     input_topic: str = ''
+    rivals: int = 0
     paused: bool = False
     has_time: bool = True
 
@@ -385,6 +388,9 @@ def _node(snapshot: Snapshot, state: NodeState) -> Status:
         findings.add(WARN, 'not configured')
     if not state.has_time:
         findings.add(WARN, 'use_sim_time is set, but no time comes on /clock')
+    if state.rivals:
+        findings.add(WARN, f'{state.rivals} others publish the same outputs: is this node running '
+                     'twice, or was one killed seconds ago?')
     if state.transport_note:
         findings.add(WARN, state.transport_note)
     if masks := snapshot.new_events['fallback_masks']:
@@ -397,6 +403,7 @@ def _node(snapshot: Snapshot, state: NodeState) -> Status:
         'paused': str(state.paused).lower(),
         'fallback_masks': str(snapshot.events.get('fallback_masks', 0)),
         'callback_errors': str(snapshot.events.get('callback_errors', 0)),
+        'rivals': str(state.rivals),
         'transport': state.transport_note,
         'transition_error': state.error,
         'last_error': snapshot.last_error})

@@ -45,6 +45,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 INPUT_TOPIC = '~/input/image'
+MASK_TOPIC = '~/output/obstacle_mask'
 _STOP_TIMEOUT_S = 10.0
 
 
@@ -382,6 +383,8 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         worker = self._worker
         with self._outputs_lock:
             subscribed = self._outputs.subscribed() if self._outputs is not None else ()
+            rivals = self.count_publishers(self.resolve_topic_name(MASK_TOPIC)) \
+                - (self._outputs is not None)
         model: dict[str, str] = {}
         note, error = '', self._transition_error
         if worker is not None:
@@ -401,7 +404,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             transport_note=self._shared_memory.problem(),
             swap=self._swap.report, swap_failed=self._swap.failed,
             subscribed=subscribed, publishers=self.count_publishers(self._input_topic()),
-            input_topic=self._input_topic(),
+            input_topic=self._input_topic(), rivals=max(0, rivals),
             paused=not subscribed and self._settings.pause_without_subscribers,
             has_time=self.get_clock().now().nanoseconds > 0)
 
