@@ -69,7 +69,7 @@ setup(
     entry_points={
         'console_scripts': [
             'anomaly-seg = anomaly_seg_ros.cli:main',
-            'anomaly_seg = anomaly_seg_ros.ros.node:main',
+            'anomaly_seg = anomaly_seg_ros.ros.__main__:main',
         ],
     },
 )

@@ -39,7 +39,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 MEMORY = """
 import resource
 from anomaly_seg_ros.backends import open_backend
-from anomaly_seg_ros.memory import give_back_freed_memory
+from anomaly_seg_ros.heap import give_back_freed_memory
 from anomaly_seg_ros.model_file import load_model_file
 import numpy as np
 def resident_mib():

@@ -95,7 +95,7 @@ def prefix(tmp_path: Path) -> Path:
     program = tmp_path / 'lib' / 'anomaly_seg_ros' / 'anomaly_seg'
     program.parent.mkdir(parents=True)
     program.write_text(f'#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n'
-                       'from anomaly_seg_ros.ros.node import main\nsys.exit(main())\n')
+                       'from anomaly_seg_ros.ros.__main__ import main\nsys.exit(main())\n')
     program.chmod(0o755)
     return tmp_path
 

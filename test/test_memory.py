@@ -12,7 +12,7 @@ import pytest
 # Page faults of 50 messages of 6 MB that come and go in pairs, as rclpy makes them.
 FAULTS = """
 import resource
-from anomaly_seg_ros.memory import keep_freed_memory
+from anomaly_seg_ros.heap import keep_freed_memory
 {call}
 def message():
     serialised = bytearray(6 << 20)
@@ -45,7 +45,7 @@ def test_memory_stays_in_place() -> None:
 
 KEPT = """
 import os
-from anomaly_seg_ros.memory import give_back_freed_memory, keep_freed_memory
+from anomaly_seg_ros.heap import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
 def resident():
     with open('/proc/self/statm') as stream:
@@ -75,7 +75,7 @@ def test_freed_memory_is_kept() -> None:
 
 HEAPS = """
 import ctypes, threading
-from anomaly_seg_ros.memory import share_one_heap
+from anomaly_seg_ros.heap import share_one_heap
 {call}
 held, all_hold, done = [], threading.Barrier(7), threading.Event()
 def work():

@@ -437,7 +437,7 @@ def test_a_model_that_does_not_load_is_told_by_the_client(tmp_path: Path) -> Non
     (['-r', '~/input/image:=bad topic'], 'bad topic')])
 def test_wrong_parameters_end_the_node_with_2_and_a_sentence(arguments, text) -> None:
     result = subprocess.run(
-        [sys.executable, '-m', 'anomaly_seg_ros.ros.node', '--ros-args', *arguments],
+        [sys.executable, '-m', 'anomaly_seg_ros.ros', '--ros-args', *arguments],
         capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
     assert text in result.stderr

@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.heap import keep_freed_memory
 from anomaly_seg_ros.images import message_array, message_data
-from anomaly_seg_ros.memory import keep_freed_memory
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from anomaly_seg_ros.ros.transport import PROFILE_VARIABLES
@@ -35,10 +35,10 @@ import yaml
 
 NODE = 'anomaly_seg'
 OUTPUTS = ('labels', 'anomaly', 'obstacle_mask')
-# What "python -m anomaly_seg_ros.ros.node" does, but ends when its parent is killed (Linux's
+# What "python -m anomaly_seg_ros.ros" does, but ends when its parent is killed (Linux's
 # PR_SET_PDEATHSIG is 1): a node that is left over would go on for ever.
 _NODE_PROGRAM = ('import ctypes, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); '
-                 'from anomaly_seg_ros.ros.node import main; sys.exit(main())')
+                 'from anomaly_seg_ros.ros.__main__ import main; sys.exit(main())')
 _QUEUE = 32  # frames on their way at most
 _QUIET_S = 3.0  # at the end of a real-time run: what has not come by then was lost
 _MOST_WAITING = 500  # stamps of which some outputs are still missing

@@ -19,7 +19,6 @@ import traceback
 from typing import Any
 
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.memory import share_one_heap
 from anomaly_seg_ros.ros.conversions import full_name, stamp_to_ns
 from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
 from anomaly_seg_ros.ros.inbox import Gate, Mailbox
@@ -431,7 +430,6 @@ def main(args: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, lambda number, frame: None)
     # The longest that a thread waits for Python's lock; 5 ms by default, too long for a frame.
     sys.setswitchinterval(5e-4)
-    share_one_heap()
     try:
         rclpy.init(args=args)
     except RuntimeError as error:  # a parameter file, remapping or log level that rcl cannot read
@@ -468,7 +466,3 @@ def _spin_once(executor: SingleThreadedExecutor, node: AnomalySegNode) -> bool:
         if rclpy.ok():
             node.report_error(error)
     return rclpy.ok()
-
-
-if __name__ == '__main__':
-    sys.exit(main())

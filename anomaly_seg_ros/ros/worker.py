@@ -8,8 +8,9 @@ import time
 import traceback
 from typing import Any
 
+from anomaly_seg_ros.heap import give_back_freed_memory
 from anomaly_seg_ros.images import BadImage, decode_message
-from anomaly_seg_ros.memory import give_back_freed_memory, Memory
+from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.pipeline import BadOutput, Detection
 from anomaly_seg_ros.quality import QualityChecker
 from anomaly_seg_ros.ros.diagnostics import Monitor
