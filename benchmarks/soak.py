@@ -25,6 +25,9 @@ from sensor_msgs.msg import Image
 OUTPUTS = ('obstacle_mask', 'labels', 'anomaly_u8', 'overlay')
 PERIOD_S = 1.0
 GROWTH = 0.02
+# The pictures repeat every 40 frames. 407 lets swaps meet both sizes in turn; 401 let them meet the
+# small one for 26 minutes, and the large one from then on.
+SWAP_FRAMES = 407
 
 
 def set_parameter(run: NodeRun, name: str, value: object) -> None:
@@ -108,8 +111,8 @@ def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: fl
             sent += 1
         if index % 97 == 0:
             set_parameter(run, 'minimum_area_px', 50 + index % 50)
-        if index % 401 == 0 and len(copies) > 1:
-            set_parameter(run, 'model', str(copies[index // 401 % 2]))
+        if index % SWAP_FRAMES == 0 and len(copies) > 1:
+            set_parameter(run, 'model', str(copies[index // SWAP_FRAMES % 2]))
         for stamp_ns in run.client.complete():
             run.client.take(stamp_ns)
             answered += 1
