@@ -466,3 +466,7 @@ def _spin_once(executor: SingleThreadedExecutor, node: AnomalySegNode) -> bool:
         if rclpy.ok():
             node.report_error(error)
     return rclpy.ok()
+
+
+if __name__ == '__main__':
+    sys.exit('start the node with "python -m anomaly_seg_ros.ros"')
