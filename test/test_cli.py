@@ -198,6 +198,7 @@ import os, signal, sys
 from anomaly_seg_ros.cli import main
 from anomaly_seg_ros.datasets import PairedDataset
 number = getattr(signal, sys.argv.pop(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 read = PairedDataset.__getitem__
 def stop(self, index):
     if index == 2:
