@@ -25,8 +25,8 @@ from sensor_msgs.msg import Image
 OUTPUTS = ('obstacle_mask', 'labels', 'anomaly_u8', 'overlay')
 PERIOD_S = 1.0
 GROWTH = 0.02
-# The pictures repeat every 40 frames. 407 lets swaps meet both sizes in turn; 401 let them meet the
-# small one for 26 minutes, and the large one from then on.
+# The pictures repeat every 40 frames. 407 lets swaps meet both sizes in turn; 401 let them meet
+# the small one for 26 minutes, and the large one from then on.
 SWAP_FRAMES = 407
 
 
