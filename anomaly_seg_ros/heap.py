@@ -20,14 +20,12 @@ def keep_freed_memory(most_bytes: int = _NO_LIMIT) -> None:
     By default glibc gives it back and asks for it again: the kernel then clears a message's pages
     one by one each time, which can take longer than everything else that is done to it. From which
     size on it does so, glibc learns from what is freed; that makes two runs of one program differ
-    by tens of MiB. Does nothing with another C library.
+    by tens of MiB.
 
     ``most_bytes`` is what may lie unused at the end of the heap.
     """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_M_TRIM_THRESHOLD, most_bytes)
+    _call('mallopt', _M_MMAP_THRESHOLD, _LARGEST)
+    _call('mallopt', _M_TRIM_THRESHOLD, most_bytes)
 
 
 def share_one_heap() -> None:
@@ -36,21 +34,23 @@ def share_one_heap() -> None:
 
     By default glibc makes an arena for each of the first threads, and ``malloc_trim`` does not
     reach the free end of any but the main one: with each change of the model the node could keep
-    another 10 MiB in the arena of whichever thread had allocated last. Does nothing with another
-    C library.
+    another 10 MiB in the arena of whichever thread had allocated last.
     """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
+    _call('mallopt', _M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:
     """
-    Give what this process has freed back to the system; does nothing without glibc.
+    Give what this process has freed back to the system.
 
     For moments such as the end of a model: pieces that are still in use between those it held keep
     them otherwise. Takes some milliseconds, and reaches everything only after ``share_one_heap``.
     """
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-    if trim is not None:
-        trim(0)
+    _call('malloc_trim', 0)
+
+
+def _call(function: str, *arguments: int) -> None:
+    """Call a function of glibc; another C library lacks it."""
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)

@@ -129,8 +129,8 @@ def finish(process: 'subprocess.Popen[str]') -> str:
         return process.communicate()[0]
 
 
-def check_answer(process: 'subprocess.Popen[str]', domain_id: int) -> None:
-    """Wait for the node of a launch and let it answer a frame."""
+def check_answer(process: 'subprocess.Popen[str]', domain_id: int) -> dict[str, str]:
+    """Wait for the node of a launch, let it answer a frame, and return its diagnostics."""
     with closing(NodeClient(domain_id, ('labels',))) as client:
         for _ in range(600):
             client.spin(0.05)
@@ -143,6 +143,12 @@ def check_answer(process: 'subprocess.Popen[str]', domain_id: int) -> None:
             if 42 in client.complete():
                 break
         assert 42 in client.complete()
+        return client.diagnostics
+
+
+def children(process: 'subprocess.Popen[str]') -> list[str]:
+    """Return the ids of the processes that a launch has started."""
+    return Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
 
 
 def test_the_launch_file_starts_a_node_that_answers(prefix: Path, domain_id: int) -> None:
@@ -154,27 +160,14 @@ def test_the_launch_file_starts_a_node_that_answers(prefix: Path, domain_id: int
         'model': str(other), 'minimum_area_px': 77, 'diagnostics_period_s': 0.1}}}))
     process = launch(prefix, domain_id, f'model:={model}', f'params_file:={file}',
                      'image:=/anomaly_seg/input/image')
-    client = NodeClient(domain_id, ('labels',))
     try:
-        for _ in range(600):
-            client.spin(0.05)
-            if client.ready or process.poll() is not None:
-                break
-        assert client.ready, finish(process)
-        client.send(make_frame(1), 42)
-        for _ in range(200):
-            client.spin(0.05)
-            if 42 in client.complete():
-                break
-        assert 42 in client.complete()
-        assert client.diagnostics['model.name'] == 'tiny'
-        assert client.diagnostics['model.minimum_area_px'] == '77'
-        children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-        environments = [Path(f'/proc/{pid}/environ').read_text() for pid in children]
+        diagnostics = check_answer(process, domain_id)
+        assert diagnostics['model.name'] == 'tiny'
+        assert diagnostics['model.minimum_area_px'] == '77'
+        environments = [Path(f'/proc/{pid}/environ').read_text() for pid in children(process)]
         assert any(f'{PROFILE_VARIABLES[0]}={prefix}/share/anomaly_seg_ros/config/fastdds.xml'
                    in text for text in environments)
     finally:
-        client.close()
         finish(process)
 
 
@@ -187,7 +180,7 @@ def test_a_node_that_was_killed_comes_back_on_request(prefix: Path, domain_id: i
                      f'respawn:={str(respawn).lower()}')
     try:
         check_answer(process, domain_id)
-        node, = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        node, = children(process)
         os.kill(int(node), signal.SIGKILL)
         if respawn:
             check_answer(process, domain_id)

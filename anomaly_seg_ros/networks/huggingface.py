@@ -94,6 +94,9 @@ class RelativePositionBias(nn.Module):
     17 GB of constants when it opened a model of eight blocks for 512x1024.
     """
 
+    table: Tensor
+    places: Tensor
+
     def __init__(self, table: Tensor, places: Tensor) -> None:
         super().__init__()
         self.register_buffer('table', table, persistent=False)
@@ -110,10 +113,9 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         """Return (1, heads, N, N); the arguments are the library's, and fixed here."""
-        table, places = self.table, self.places
-        assert isinstance(table, Tensor) and isinstance(places, Tensor)
-        values = table.index_select(1, places.flatten())  # a Gather, which int32 suffices for
-        return values.reshape(1, len(table), *places.shape)
+        # A Gather, which int32 suffices for.
+        values = self.table.index_select(1, self.places.flatten())
+        return values.reshape(1, len(self.table), *self.places.shape)
 
 
 def _segmenter(model: Any, size_hw: tuple[int, int] | None) -> nn.Module:

@@ -74,7 +74,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         self._inputs: list[Any] = []
         self._lifecycle = 'unconfigured'
         self._transition_error = ''
-        # Held while publishers are looked at by the watchdog or destroyed by a transition.
+        # Held while publishers are looked at by the watchdog, made or destroyed by a transition.
         self._outputs_lock = threading.Lock()
         self._swap = ModelSwap()
         self._levels: dict[str, int] = {}
@@ -187,7 +187,8 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
                                f'{model.about["backend"]}, warm in '
                                f'{time.monotonic() - began_s:.1f} s')
         try:
-            self._outputs = Outputs(self, parameters)
+            with self._outputs_lock:
+                self._outputs = Outputs(self, parameters)
             self._mailbox: Mailbox[Arrival] = Mailbox(
                 1 if parameters.frame_policy == 'latest' else parameters.queue_size,
                 on_waiting=self._worker_waits.trigger)
