@@ -25,9 +25,9 @@ from sensor_msgs.msg import Image
 OUTPUTS = ('obstacle_mask', 'labels', 'anomaly_u8', 'overlay')
 PERIOD_S = 1.0
 GROWTH = 0.02
-# The pictures repeat every 40 frames. 407 lets swaps meet both sizes in turn; 401 let them meet
+# The pictures repeat every 40 frames. 203 lets swaps meet both sizes in turn; 401 let them meet
 # the small one for 26 minutes, and the large one from then on.
-SWAP_FRAMES = 407
+SWAP_FRAMES = 203
 
 
 def set_parameter(run: NodeRun, name: str, value: object) -> None:

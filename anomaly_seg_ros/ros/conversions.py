@@ -47,7 +47,7 @@ class ImageBuffer:
             step = width * self._channels * self._dtype.itemsize
             shape = size_hw if self._channels == 1 else (*size_hw, self._channels)
             self.message.height, self.message.width, self.message.step = height, width, step
-            self.message.data = array.array('B', bytes(step * height))
+            self.message.data = array.array('B', [0]) * (step * height)
             # The message may have copied the array: view the one that it holds.
             self._pixels = np.frombuffer(self.message.data, self._dtype).reshape(shape)
         return self._pixels

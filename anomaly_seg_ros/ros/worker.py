@@ -191,6 +191,7 @@ class Worker:
                 self._log_error(traceback.format_exc())
             finally:
                 self._monitor.idle()
+            del arrival  # its memory is free again before the next frame wants as much
 
     def _take_over(self) -> None:
         with self._swap_lock:
