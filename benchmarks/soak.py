@@ -25,9 +25,8 @@ from sensor_msgs.msg import Image
 OUTPUTS = ('obstacle_mask', 'labels', 'anomaly_u8', 'overlay')
 PERIOD_S = 1.0
 GROWTH = 0.02
-# The pictures repeat every 40 frames. 203 lets swaps meet both sizes in turn; 401 let them meet
-# the small one for 26 minutes, and the large one from then on.
-SWAP_FRAMES = 203
+# Every 20 s. Not with the pictures, which repeat every 40 frames: swaps must meet both sizes.
+SWAP_FRAMES = 103
 
 
 def set_parameter(run: NodeRun, name: str, value: object) -> None:
@@ -130,10 +129,11 @@ def soak(run: NodeRun, frames: list[np.ndarray], copies: list[Path], minutes: fl
         raise SystemExit('too short to judge')
     missed = max(0, round((time.monotonic() - began - warm[0]) / PERIOD_S) - 1
                  - (run.client.reports - warm[1]))
-    # Medians of the first and the last fifth: single samples move with the frames' size, and
-    # while a model is being loaded there is one thread more.
+    # Medians of the first and the last third, of some 24 swaps each in half an hour: what lies
+    # unused between used pieces of the heap differs by some MiB from swap to swap, and while a
+    # model is being loaded there is one thread more.
     after = np.array([use for use in uses if use[0] >= warm[0]])
-    part = max(1, len(after) // 5)
+    part = max(1, len(after) // 3)
     first, last = (np.median(after[rows], axis=0)[1:] for rows in
                    (slice(None, part), slice(-part, None)))
     grown = last[0] / first[0] - 1
