@@ -319,6 +319,24 @@ def decode_compressed(data: Any, image_format: str,
                    'Set the image transport to jpeg or png.')
 
 
+def message_size_hw(message: Any) -> tuple[int, int]:
+    """
+    Return (height, width) of the picture in an Image or CompressedImage without decoding it.
+
+    Raises
+    ------
+    BadImage
+        If it cannot be told, or the picture is too large to be decoded.
+
+    """
+    if hasattr(message, 'format'):
+        height, width = encoded_size_hw(bytes(message.data))
+        _check_pixels(height, width)
+    else:
+        height, width = message_array(message).shape[:2]
+    return height, width
+
+
 def encoded_size_hw(data: bytes) -> tuple[int, int]:
     """
     Return (height, width) of a PNG, JPEG or WebP file without decoding its pixels.

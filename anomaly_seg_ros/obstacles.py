@@ -112,7 +112,7 @@ def find_obstacles(anomaly: np.ndarray, settings: ObstacleSettings,
     mask[:first] = 0
     mask[stop:] = 0
     searched = mask[first:stop]
-    np.greater_equal(anomaly[rows], _as_float32(settings.threshold), out=searched.view(bool))
+    np.greater_equal(anomaly[rows], np.float32(settings.threshold), out=searched.view(bool))
     np.negative(searched, out=searched)  # 1 becomes 255
     runs = _find_runs(mask, first, stop)
     if not runs.length.size:
@@ -162,12 +162,6 @@ def rows_to_search(anomaly: np.ndarray, threshold: float, height: int) -> slice:
     first = math.floor((rows[0] - 0.5) * scale - 0.5)
     last = math.ceil((rows[-1] + 1.5) * scale - 0.5)
     return slice(max(0, first), min(height, last + 1))
-
-
-def _as_float32(threshold: float) -> np.float32:
-    """Return the lowest float32 that is not below ``threshold``: the same pixels pass."""
-    rounded = np.float32(threshold)
-    return rounded if rounded >= threshold else np.nextafter(rounded, np.float32(np.inf))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ Start the node, and on request rviz2 or the Foxglove bridge.
 import os
 
 from ament_index_python.packages import get_package_prefix, get_package_share_directory
+from anomaly_seg_ros.ros.launching import boolean
+from anomaly_seg_ros.ros.transport import profile_environment
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
 from launch.substitutions import LaunchConfiguration
@@ -34,8 +36,6 @@ ARGUMENTS = {
     'rviz': ('false', 'Start rviz2 with config/anomaly_seg.rviz.'),
     'foxglove': ('false', 'Start foxglove_bridge; open config/foxglove_layout.json in the app.'),
 }
-# Fast DDS loses frames of several megabytes unless told otherwise.
-PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -49,9 +49,9 @@ def generate_launch_description() -> LaunchDescription:
           for name, description in PARAMETERS.items()),
         *(DeclareLaunchArgument(name, default_value=default, description=description)
           for name, (default, description) in ARGUMENTS.items())]
-    if not any(name in os.environ for name in PROFILE_VARIABLES):
-        actions += [SetEnvironmentVariable(name, os.path.join(config, 'fastdds.xml'))
-                    for name in PROFILE_VARIABLES]
+    # Fast DDS loses frames of several megabytes unless told otherwise.
+    variables = profile_environment(os.environ, os.path.join(config, 'fastdds.xml'))
+    actions += [SetEnvironmentVariable(*variable) for variable in variables.items()]
     return LaunchDescription([*actions, OpaqueFunction(function=start)])
 
 
@@ -80,20 +80,17 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         parameters=[value('params_file'), parameters],
         remappings=[('~/input/image', value('image')),
                     ('~/input/camera_info', value('camera_info'))])]
-    # The camera in config/anomaly_seg.rviz; of a JPEG stream what the driver publishes beside it.
-    camera = [('/camera/image_raw', value('image').removesuffix('/compressed'))]
+    # What config/anomaly_seg.rviz shows: the camera, of a JPEG stream what the driver publishes
+    # beside it, and the node's outputs under its default name.
+    node = '/'.join(['', *filter(None, (value('namespace').strip('/'), value('name')))])
+    shown = [('/camera/image_raw', value('image').removesuffix('/compressed')),
+             *((f'/anomaly_seg/output/{output}', f'{node}/output/{output}')
+               for output in ('overlay', 'anomaly_u8', 'obstacle_mask'))]
     for argument, package, arguments, remappings in (
-            ('rviz', 'rviz2', ['-d', os.path.join(config, 'anomaly_seg.rviz')], camera),
+            ('rviz', 'rviz2', ['-d', os.path.join(config, 'anomaly_seg.rviz')], shown),
             ('foxglove', 'foxglove_bridge', [], [])):
         if boolean(argument, value(argument)):
             get_package_prefix(package)  # raises where it is not installed
             actions.append(Node(package=package, executable=package, name=package,
                                 arguments=arguments, remappings=remappings))
     return actions
-
-
-def boolean(name: str, text: str) -> bool:
-    """Read a launch argument that is true or false."""
-    if text.lower() not in ('true', 'false'):
-        raise ValueError(f'launch argument {name} must be true or false, got {text!r}')
-    return text.lower() == 'true'

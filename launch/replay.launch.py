@@ -9,6 +9,8 @@ Play a bag in rviz2 or Foxglove: a result bag by itself, or any bag through the 
 import os
 
 from ament_index_python.packages import get_package_prefix, get_package_share_directory
+from anomaly_seg_ros.ros.launching import boolean
+from anomaly_seg_ros.ros.transport import profile_environment
 from launch import LaunchContext, LaunchDescription, LaunchDescriptionEntity
 from launch.actions import (
     DeclareLaunchArgument, ExecuteProcess, GroupAction, IncludeLaunchDescription, OpaqueFunction,
@@ -31,7 +33,6 @@ ARGUMENTS = {
     'rviz': ('true', 'Start rviz2 with config/anomaly_seg.rviz.'),
     'foxglove': ('false', 'Start foxglove_bridge; open config/foxglove_layout.json in the app.'),
 }
-PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
 
 
 def generate_launch_description() -> LaunchDescription:
@@ -39,9 +40,9 @@ def generate_launch_description() -> LaunchDescription:
     config = os.path.join(get_package_share_directory('anomaly_seg_ros'), 'config')
     actions = [DeclareLaunchArgument(name, default_value=default, description=description)
                for name, (default, description) in ARGUMENTS.items()]
-    if not any(name in os.environ for name in PROFILE_VARIABLES):
-        actions += [SetEnvironmentVariable(name, os.path.join(config, 'fastdds.xml'))
-                    for name in PROFILE_VARIABLES]
+    # Fast DDS loses frames of several megabytes unless told otherwise.
+    variables = profile_environment(os.environ, os.path.join(config, 'fastdds.xml'))
+    actions += [SetEnvironmentVariable(*variable) for variable in variables.items()]
     return LaunchDescription([*actions, OpaqueFunction(function=start)])
 
 
@@ -78,10 +79,3 @@ def start(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     return [*actions, ExecuteProcess(
         cmd=['ros2', 'bag', 'play', value['bag'], '--clock', '--rate', value['rate'],
              '--delay', delay, *remap], output='screen')]
-
-
-def boolean(name: str, text: str) -> bool:
-    """Read a launch argument that is true or false."""
-    if text.lower() not in ('true', 'false'):
-        raise ValueError(f'launch argument {name} must be true or false, got {text!r}')
-    return text.lower() == 'true'

@@ -21,12 +21,13 @@ NAN, RAISE, STALL = 251, 252, 253
 
 
 def write_tiny_model(path: Path, *, gain: float = 1.0, stall_iterations: int = 1,
-                     **card: object) -> Path:
+                     stall: int = STALL, **card: object) -> Path:
     """
     Write a model whose score is the mean of the channels times ``gain``, 0 to ``gain``.
 
     Its labels are the red channel in 19 steps. The corner values above make it give NaN, raise
-    in ONNX Runtime, or take long: real faults of a real network, without a hook in the code.
+    in ONNX Runtime, or take ``stall_iterations`` at the green value ``stall``: real faults of a
+    real network, without a hook in the code.
     """
     pytest.importorskip('onnx', reason='needs onnx: pip install ".[export]"')
     from onnx import helper, numpy_helper, TensorProto
@@ -73,7 +74,7 @@ def write_tiny_model(path: Path, *, gain: float = 1.0, stall_iterations: int = 1
         constant('corner_axes', [0, 1, 2, 3], np.int64), constant('one', [1], np.int64),
         constant('c255', [255], np.float32), constant('nan', [np.nan], np.float32),
         constant('code_nan', [NAN], np.float32), constant('code_raise', [RAISE], np.float32),
-        constant('code_stall', [STALL], np.float32), constant('zero', [0], np.float32),
+        constant('code_stall', [stall], np.float32), constant('zero', [0], np.float32),
         constant('index_bad', [7], np.int64), constant('index_good', [0], np.int64),
         constant('trips', [stall_iterations], np.int64), constant('no_trips', [0], np.int64),
         constant('scalar', np.zeros(0), np.int64), constant('true', True, np.bool_),

@@ -21,13 +21,13 @@ import _needs_ros  # noqa: F401
 from anomaly_seg_ros.ros.client import NodeClient, reserved_domain_id
 from anomaly_seg_ros.ros.outputs import IMAGES
 from anomaly_seg_ros.ros.parameters import NAMES
+from anomaly_seg_ros.ros.transport import PROFILE_VARIABLES
 import pytest
 from ros_helpers import make_frame, write_tiny_model
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH_FILE = ROOT / 'launch' / 'anomaly_seg.launch.py'
-PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
 
 START = """
 import sys
@@ -54,7 +54,6 @@ def literals() -> dict[str, object]:
 
 def test_launch_arguments_that_become_parameters_exist() -> None:
     assert set(literals()['PARAMETERS']) - {'use_sim_time'} <= NAMES
-    assert literals()['PROFILE_VARIABLES'] == PROFILE_VARIABLES
 
 
 def test_every_file_that_the_launch_file_names_is_shipped() -> None:
@@ -199,7 +198,8 @@ def test_the_launch_file_leaves_a_profile_of_the_user_alone(prefix: Path,
         'get_launch_description_from_python_launch_file as read\n'
         f'description = read({str(LAUNCH_FILE)!r})\n'
         'print([type(entity).__name__ for entity in description.entities])\n')
-    for given, expected in (({}, 2), ({PROFILE_VARIABLES[0]: '/mine.xml'}, 0)):
+    mine = dict.fromkeys(PROFILE_VARIABLES, '/mine.xml')
+    for given, expected in (({}, 2), ({PROFILE_VARIABLES[0]: '/mine.xml'}, 1), (mine, 0)):
         environment = {k: v for k, v in os.environ.items() if k not in PROFILE_VARIABLES}
         text = subprocess.run(
             [sys.executable, str(show)], capture_output=True, text=True, check=True, timeout=60,
@@ -257,6 +257,24 @@ def test_rviz_shows_the_camera(prefix: Path, domain_id: int, file: str, argument
     assert f'-r /camera/image_raw:={camera}' in shown and 'config/anomaly_seg.rviz' in shown
     if played is not None:
         assert expected[1].read_text().strip().endswith(played)
+
+
+def test_rviz_shows_a_node_of_another_name(prefix: Path, domain_id: int) -> None:
+    (prefix / 'share' / 'ament_index' / 'resource_index' / 'packages' / 'rviz2').touch()
+    stand_in(prefix / 'lib' / 'rviz2' / 'rviz2', prefix / 'shown')
+    process = launch(prefix, domain_id, 'rviz:=true', 'namespace:=/front', 'name:=seg')
+    for _ in range(300):
+        if (prefix / 'shown').exists():
+            break
+        time.sleep(0.1)
+    text = finish(process)
+    assert (prefix / 'shown').exists(), text
+    shown = (prefix / 'shown').read_text()
+    rviz = yaml.safe_load((ROOT / 'config' / 'anomaly_seg.rviz').read_text(encoding='utf-8'))
+    for topic in (display['Topic']['Value']
+                  for display in rviz['Visualization Manager']['Displays']):
+        if topic.startswith('/anomaly_seg/'):
+            assert f'-r {topic}:={topic.replace("/anomaly_seg/", "/front/seg/")}' in shown
 
 
 def test_the_replay_launch_file_plays_a_bag_through_the_node(prefix: Path,

@@ -111,7 +111,9 @@ def test_the_profile_is_not_imposed_on_who_has_one(monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name, raising=False)
     assert set(transport_environment()) == set(names)
     assert all(Path(path).is_file() for path in transport_environment().values())
-    monkeypatch.setenv(names[1], '/mine.xml')
+    monkeypatch.setenv(names[0], '/mine.xml')  # which Fast DDS 2 does not read
+    assert transport_environment() == {names[1]: '/mine.xml'}
+    monkeypatch.setenv(names[1], '/other.xml')
     assert transport_environment() == {}
 
 

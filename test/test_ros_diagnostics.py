@@ -5,6 +5,7 @@ import threading
 import time
 
 import _needs_ros  # noqa: F401
+from anomaly_seg_ros.ros import diagnostics
 from anomaly_seg_ros.ros.diagnostics import (
     assess, DROPS, ERROR, Latencies, Monitor, NodeState, OK, Rate, STAGES, to_message, WARN)
 from anomaly_seg_ros.ros.parameters import NodeParameters
@@ -128,6 +129,31 @@ def test_slow_frames_warn_and_then_are_an_error() -> None:
     assert judge(monitor, **limits)['processing'].level == OK
 
 
+def test_a_rest_ends_what_was_too_slow_or_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow frames with minutes between them, and whatever was before nobody wanted answers."""
+    now_s = 1000.0
+    monkeypatch.setattr(diagnostics.time, 'monotonic', lambda: now_s)
+    monitor, slow = Monitor(), TIMES | {'total': 600.0}
+    monitor.activated()
+    limits = {'max_allowed_processing_time_ms': 500.0, 'max_consecutive_failures': 3,
+              'max_acceptable_consecutive_delay_ms': 2000.0}
+    for _ in range(3):
+        now_s += 600.0
+        monitor.answered(slow, 500.0)
+        assert judge(monitor, **limits)['processing'].level == WARN
+    for _ in range(3):
+        now_s += 1.0
+        monitor.answered(slow, 500.0)
+    assert judge(monitor, **limits)['processing'].level == ERROR
+    monitor.dropped('paused')
+    assert judge(monitor, **limits)['processing'].level == OK
+    for _ in range(3):
+        monitor.dropped('bad_image')
+    assert judge(monitor, **limits)['processing'].level == ERROR
+    monitor.dropped('paused')
+    assert judge(monitor, **limits)['processing'].level == OK
+
+
 def test_stale_input_is_an_error_that_says_what_to_check() -> None:
     monitor = Monitor()
     monitor.activated()
@@ -137,6 +163,9 @@ def test_stale_input_is_an_error_that_says_what_to_check() -> None:
     assert 'no frame on /camera' in status.message and 'QoS' in status.message
     nobody = judge(monitor, active(publishers=0), stale_input_s=0.1)['input']
     assert 'nobody publishes it' in nobody.message
+    other = judge(monitor, active(other_types=['sensor_msgs/msg/CompressedImage']),
+                  stale_input_s=0.1)['input']
+    assert 'it carries sensor_msgs/msg/CompressedImage, image_transport is raw' in other.message
     inactive = judge(monitor, active(lifecycle='inactive'), stale_input_s=0.1)['input']
     assert inactive.level == OK
 

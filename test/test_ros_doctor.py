@@ -15,6 +15,7 @@ from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros import doctor
 from anomaly_seg_ros.ros.client import make_header, reserved_domain_id
 from anomaly_seg_ros.ros.doctor import Check, ERROR, format_checks, OK, Received, run_doctor, WARN
+from anomaly_seg_ros.ros.transport import PROFILE_VARIABLES
 import pytest
 from rclpy.context import Context
 from rclpy.node import Node
@@ -22,7 +23,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from ros_helpers import make_frame, write_tiny_model
 from sensor_msgs.msg import CompressedImage, Image
 
-PROFILE = {'FASTDDS_DEFAULT_PROFILES_FILE': str(resource('config/fastdds.xml'))}
+PROFILE = dict.fromkeys(PROFILE_VARIABLES, str(resource('config/fastdds.xml')))
 FRAME = 2048 * 1024 * 3
 
 
@@ -72,8 +73,11 @@ def test_transport_by_profile(tmp_path: Path) -> None:
     broken = tmp_path / 'broken.xml'
     broken.write_text('<dds>')
     checks = list(doctor.check_transport(
-        {'FASTRTPS_DEFAULT_PROFILES_FILE': str(broken)}, FRAME, True))
+        dict.fromkeys(PROFILE_VARIABLES, str(broken)), FRAME, True))
     assert [check.level for check in checks] == [ERROR]
+    name = PROFILE_VARIABLES[0]  # Jazzy's Fast DDS does not read it
+    checks = list(doctor.check_transport({name: PROFILE[name]}, FRAME, True))
+    assert [check.level for check in checks] == [ERROR] and 'Set both' in checks[0].message
     checks = list(doctor.check_transport(
         {'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}, 2**40, True))
     assert [check.level for check in checks] == [WARN] and 'rmem_max' in checks[0].remedy

@@ -28,7 +28,7 @@ from rclpy.serialization import serialize_message
 from ros_helpers import (
     Driver, make_frame, NAN, publish_forever, RAISE, STALL, start_helper, subscribe_forever,
     write_tiny_model)
-from sensor_msgs.msg import CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 
 FAST = {'diagnostics_period_s': 0.1}
@@ -447,6 +447,83 @@ def test_a_change_of_the_model_ends_with_cleanup(model: Path, pipeline: Pipeline
         check_recovered(driver, pipeline)
 
 
+def slow_and_wrong(path: Path) -> Path:
+    """Write a model that takes some seconds to warm up, which is done in grey, and gives NaN."""
+    return write_tiny_model(path, gain=float('nan'), threshold=0.6, score_range=(0.0, 1.0),
+                            stall=127, stall_iterations=3_000_000)
+
+
+def test_a_model_set_after_cleanup_outlives_the_failure_of_an_earlier_one(
+        model: Path, tmp_path: Path) -> None:
+    wrong = slow_and_wrong(tmp_path / 'wrong.onnx')
+    good = write_tiny_model(tmp_path / 'good.onnx', gain=2.0)
+    with NodeRun({**FAST, 'model': str(model)}, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        assert driver.set_parameters(model=str(wrong)) == ''
+        assert driver.change_state('deactivate') and driver.change_state('cleanup')
+        assert driver.set_parameters(model=str(good)) == ''
+        assert driver.change_state('configure') and driver.change_state('activate')
+        driver.wait(lambda: run.client.ready, what='connection')
+        assert f'model not changed: {wrong}' in run.log_text()
+        assert driver.get_parameter('model') == str(good)
+        check_recovered(driver, offline(good))
+
+
+def test_after_two_failures_the_model_that_answers_is_named(model: Path, pipeline: Pipeline,
+                                                            tmp_path: Path) -> None:
+    """The first fails while the second is still read, from a pipe."""
+    wrong, pipe = slow_and_wrong(tmp_path / 'wrong.onnx'), tmp_path / 'pipe.onnx'
+    also_wrong = write_tiny_model(tmp_path / 'also.onnx', gain=float('nan'), threshold=0.6,
+                                  score_range=(0.0, 1.0))
+    os.mkfifo(pipe)
+    with NodeRun({**FAST, 'model': str(model)}, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        assert driver.set_parameters(model=str(wrong)) == ''
+        reply = driver.ask_for_parameters(model=str(pipe))
+        driver.wait(lambda: f'{wrong}: ' in run.client.diagnostics['model.last_change'], 20.0,
+                    'first failure')
+        pipe.write_bytes(also_wrong.read_bytes())
+        driver.wait(reply.done, what='reply')
+        assert reply.result().result.successful, reply.result().result.reason
+        driver.wait(lambda: f'{pipe}: ' in run.client.diagnostics['model.last_change'],
+                    what='second failure')
+        driver.wait(lambda: driver.get_parameter('model') == str(model), what='parameter back')
+        assert all(f'model not changed: {path}' in run.log_text() for path in (wrong, pipe))
+        check_recovered(driver, pipeline)
+
+
+def test_a_model_is_changed_by_itself(model: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    """What is set with it would hold for the old model, and stay if the new one fails."""
+    other = write_tiny_model(tmp_path / 'other.onnx', gain=2.0)
+    with NodeRun({**FAST, 'model': str(model)}, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        reason = driver.set_parameters(model=str(other), threshold=0.99, region='everywhere')
+        assert reason.startswith('set model by itself: threshold would hold')
+        check_recovered(driver, pipeline)
+        assert driver.set_parameters(model=str(model), minimum_area_px=7) == ''
+        assert driver.get_parameter('minimum_area_px') == 7
+
+
+def test_the_same_name_loads_a_file_that_was_replaced(model: Path, pipeline: Pipeline,
+                                                      tmp_path: Path) -> None:
+    path = tmp_path / 'used.onnx'
+    shutil.copy(model, path)
+    with NodeRun({**FAST, 'model': str(path)}, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        wrong = write_tiny_model(tmp_path / 'wrong.onnx', input_size_hw=(32, 32))
+        assert driver.set_parameters(model=str(wrong)) == ''
+        driver.wait(lambda: run.client.diagnostics['model.level'] == '2', what='error')
+        driver.wait(lambda: driver.get_parameter('model') == str(path), what='parameter back')
+        assert driver.set_parameters(model=str(path)) == ''  # it runs: nothing is wrong any more
+        assert driver.fresh()['model.level'] == '0'
+        check_recovered(driver, pipeline)
+
+        write_tiny_model(path, gain=2.0)
+        assert driver.set_parameters(model=str(path)) == ''
+        driver.wait(lambda: 'warm' in run.client.diagnostics['model.last_change'], what='load')
+        check_recovered(driver, offline(path))
+
+
 def test_model_file_removed_and_replaced_while_it_is_used(model: Path, pipeline: Pipeline,
                                                           tmp_path: Path) -> None:
     path = tmp_path / 'used.onnx'
@@ -522,6 +599,34 @@ def test_fallback_mask_whenever_the_node_cannot_vouch(model: Path, pipeline: Pip
         driver.wait(lambda: check in run.client.complete(), RECOVERY_S, 'answer')
         assert check not in flagged
         assert int(driver.fresh()['node.fallback_masks']) >= 8
+
+
+def test_a_fallback_mask_has_the_size_of_its_frame_before_the_first_answer(
+        model: Path) -> None:
+    """Also where no frame was decoded yet; without any frame, that of camera_info."""
+    parameters = {**FAST, 'model': str(model), 'fallback_mask': True, 'stale_input_s': 0.3,
+                  'max_frame_age_ms': 100.0, 'warm_up_size_hw': [40, 60]}
+    with NodeRun(parameters, outputs=OUTPUTS) as run:
+        driver = Driver(run)
+        masks: list[Image] = []
+        run.client.node.create_subscription(
+            Image, '/anomaly_seg/output/obstacle_mask', masks.append, 20)
+
+        def wait_for(height: int, width: int, frame_id: str) -> None:
+            driver.wait(lambda: masks and (masks[-1].height, masks[-1].width,
+                                           masks[-1].header.frame_id)
+                        == (height, width, frame_id), 5.0, f'mask of {height}x{width}')
+
+        wait_for(40, 60, '')
+        cameras = run.client.node.create_publisher(
+            CameraInfo, '/anomaly_seg/input/camera_info', 10)
+        info = CameraInfo(height=96, width=200, binning_x=2, header=Header(frame_id='front'))
+        driver.wait(lambda: cameras.get_subscription_count() > 0)
+        cameras.publish(info)
+        wait_for(96, 100, 'front')
+        run.client.send(make_frame(1), driver.next_stamp() - 5_000_000_000)
+        driver.wait(lambda: any((mask.height, mask.width, mask.header.frame_id)
+                                == (96, 160, 'camera') for mask in masks), 5.0, 'mask of a frame')
 
 
 def test_soak_in_short(model: Path, pipeline: Pipeline) -> None:

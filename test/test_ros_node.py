@@ -422,9 +422,12 @@ def test_provisional_threshold_is_a_warning(tmp_path: Path) -> None:
         assert found['model'] == 'threshold is provisional: 99th percentile'
 
 
-def test_a_model_that_does_not_load_is_told_by_the_client(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'the node did not start: configuring: .*no such model'), \
-            NodeRun({**FAST, 'model': str(tmp_path / 'absent.onnx')}):
+@pytest.mark.parametrize(('parameters', 'text'), [
+    ({'model': 'absent.onnx'}, 'no such model'),
+    ({'backend': 'auto', 'device': 1}, 'backend auto looks at GPU 0 only')])
+def test_a_node_that_cannot_configure_is_told_by_the_client(parameters, text) -> None:
+    with pytest.raises(UserError, match=f'the node did not start: configuring: .*{text}'), \
+            NodeRun({**FAST, **parameters}):
         pass
 
 

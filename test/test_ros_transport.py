@@ -10,7 +10,8 @@ import _needs_ros  # noqa: F401
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.client import NodeRun
-from anomaly_seg_ros.ros.transport import left_behind, segment_size, SharedMemoryCheck
+from anomaly_seg_ros.ros.transport import (
+    left_behind, profile_environment, PROFILE_VARIABLES, segment_size, SharedMemoryCheck)
 import pytest
 from ros_helpers import Driver, make_frame
 
@@ -20,15 +21,22 @@ SHM = '<transport_descriptor><transport_id>s</transport_id><type>SHM</type>' \
       '</transport_descriptor>'
 NO_BUILTIN = '<useBuiltinTransports> false </useBuiltinTransports>'
 DEFAULT = 512 * 1024
-SHIPPED = {'FASTDDS_DEFAULT_PROFILES_FILE': str(resource('config/fastdds.xml'))}
+
+
+def profile(path: object) -> dict[str, str]:
+    """Return an environment that names a profile for every release of Fast DDS."""
+    return dict.fromkeys(PROFILE_VARIABLES, str(path))
+
+
+SHIPPED = profile(resource('config/fastdds.xml'))
 
 
 @pytest.mark.parametrize(('content', 'size'), [
     ('', DEFAULT), (UDP, DEFAULT), (UDP + NO_BUILTIN, 0), (UDP + SHM + NO_BUILTIN, DEFAULT)])
 def test_segment_that_a_profile_asks_for(content: str, size: int, tmp_path: Path) -> None:
-    profile = tmp_path / 'profile.xml'
-    profile.write_text(f'<dds xmlns="http://www.eprosima.com"><p>{content}</p></dds>')
-    assert segment_size({'FASTRTPS_DEFAULT_PROFILES_FILE': str(profile)}) == size
+    path = tmp_path / 'profile.xml'
+    path.write_text(f'<dds xmlns="http://www.eprosima.com"><p>{content}</p></dds>')
+    assert segment_size(profile(path)) == size
 
 
 def test_segment_that_is_asked_for(tmp_path: Path) -> None:
@@ -38,7 +46,20 @@ def test_segment_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / 'broken.xml').write_text('<dds>')
     for name in ('broken.xml', 'absent.xml'):
         with pytest.raises(UserError, match=f'{name}: no readable Fast DDS profile'):
-            segment_size({'FASTDDS_DEFAULT_PROFILES_FILE': str(tmp_path / name)})
+            segment_size(profile(tmp_path / name))
+
+
+@pytest.mark.parametrize('given', [0, 1])
+def test_a_profile_that_not_every_release_reads_is_told(given: int) -> None:
+    """And mended where the environment is ours to make: Jazzy reads only the second variable."""
+    name, other = PROFILE_VARIABLES[given], PROFILE_VARIABLES[1 - given]
+    environment = {name: SHIPPED[name]}
+    with pytest.raises(UserError, match='Set both to the same file'):
+        segment_size(environment)
+    assert 'Set both' in SharedMemoryCheck('rmw_fastrtps_cpp', environment).problem()
+    assert profile_environment(environment, '/shipped.xml') == {other: SHIPPED[name]}
+    assert profile_environment({other: ''}, '/shipped.xml') == profile('/shipped.xml')
+    assert profile_environment(SHIPPED, '/shipped.xml') == {}
 
 
 def test_shared_memory_of_a_process(tmp_path: Path) -> None:
@@ -71,7 +92,7 @@ def test_shared_memory_that_nobody_asked_for(tmp_path: Path) -> None:
     udp = {'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}
     assert SharedMemoryCheck('rmw_fastrtps_cpp', udp).problem(empty) == ''
     assert SharedMemoryCheck('rmw_fastrtps_cpp', SHIPPED).problem(tmp_path / 'absent') == ''
-    absent = {'FASTDDS_DEFAULT_PROFILES_FILE': str(tmp_path / 'absent.xml')}
+    absent = profile(tmp_path / 'absent.xml')
     assert 'absent.xml: no readable' in SharedMemoryCheck('rmw_fastrtps_cpp', absent).problem()
 
 

@@ -22,7 +22,7 @@ from anomaly_seg_ros.heap import keep_freed_memory
 from anomaly_seg_ros.images import message_array, message_data
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
-from anomaly_seg_ros.ros.transport import PROFILE_VARIABLES
+from anomaly_seg_ros.ros.transport import profile_environment
 from diagnostic_msgs.msg import DiagnosticArray
 import numpy as np
 from rclpy.context import Context
@@ -95,10 +95,7 @@ class NodeAnswer:
 
 def transport_environment() -> dict[str, str]:
     """Return the variables that make Fast DDS carry big images, unless the user set others."""
-    profile = str(resource('config/fastdds.xml'))
-    if any(name in os.environ for name in PROFILE_VARIABLES):
-        return {}
-    return dict.fromkeys(PROFILE_VARIABLES, profile)
+    return profile_environment(os.environ, str(resource('config/fastdds.xml')))
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def rescaled_camera_info(info: CameraInfo, header: Header,
     """
     result = copy.copy(info)
     result.header = header
-    described_hw = _described_size_hw(info)
+    described_hw = described_size_hw(info)
     if described_hw == size_hw or 0 in described_hw:
         return result
     scale_y, scale_x = (size / described
@@ -84,8 +84,12 @@ def rescaled_camera_info(info: CameraInfo, header: Header,
     return result
 
 
-def _described_size_hw(info: CameraInfo) -> tuple[int, int]:
-    """Return the size of the images that a CameraInfo is about; a roi of size 0 is the whole."""
+def described_size_hw(info: CameraInfo) -> tuple[int, int]:
+    """
+    Return the size of the images that a CameraInfo is about; (0, 0) where it does not say.
+
+    A roi of size 0 is the whole.
+    """
     roi = info.roi
     height, width = (roi.height, roi.width) if roi.height or roi.width \
         else (info.height, info.width)

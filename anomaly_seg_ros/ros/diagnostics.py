@@ -47,6 +47,7 @@ STAGES = ('wait', 'decode', 'quality', 'preprocess', 'network', 'upsample', 'obs
           'publish', 'total')
 _WINDOW = 1000   # frames over which percentiles are taken
 _RATE_WINDOW_S = 5.0
+_PAUSE_S = 5.0  # without an answer: what was too slow before does not count any more
 _ERROR_CHARACTERS = 1000  # of the last error, which may quote a message
 
 
@@ -139,6 +140,7 @@ class Monitor:
         self._idle_since_s = 0.0
         self._last_stamp_ns: int | None = None
         self._busy_since_s: float | None = None
+        self._answered_s = 0.0
         self._late_since_s: float | None = None
         self._late_s = 0.0
         self._slowest_ms = 0.0
@@ -187,6 +189,8 @@ class Monitor:
             raise ValueError(f'cause must be one of {", ".join(DROPS)}, got {cause!r}')
         with self._lock:
             self._drops[cause] += count
+            if cause == 'paused':  # nothing is known of frames that nobody wants
+                self._consecutive_failures, self._late_since_s, self._late_s = 0, None, 0.0
             if cause in FAILURES:
                 self._consecutive_failures += count
                 self._last_error = _short(f'{cause}: {error}')
@@ -202,10 +206,13 @@ class Monitor:
                 self._stages[stage].add(time_ms)
             total_ms = stages_ms['total']
             self._slowest_ms = max(self._slowest_ms, total_ms)
+            arrived_s = now_s - total_ms / 1e3
+            rested = arrived_s - self._answered_s > _PAUSE_S
+            self._answered_s = now_s
             if not limit_ms or total_ms <= limit_ms:
                 self._late_since_s = None
-            elif self._late_since_s is None:
-                self._late_since_s = now_s - total_ms / 1e3
+            elif self._late_since_s is None or rested:
+                self._late_since_s = arrived_s
             self._late_s = 0.0 if self._late_since_s is None else now_s - self._late_since_s
 
     def flagged(self, flags: Sequence[str]) -> None:
@@ -235,12 +242,6 @@ class Monitor:
         """Time for which the worker has waited for a frame in vain; 0 while it works."""
         with self._lock:
             return self._since_input()
-
-    @property
-    def consecutive_failures(self) -> int:
-        """Frames in a row that were bad, too old or failed."""
-        with self._lock:
-            return self._consecutive_failures
 
     def snapshot(self) -> Snapshot:
         """Return everything, and begin a new reporting period."""
@@ -303,6 +304,8 @@ class NodeState:
         Outputs that have a subscriber.
     publishers
         Number of publishers of the input image.
+    other_types
+        Types that are published there, but are not what the node subscribes to.
     input_topic
         Its resolved name.
     rivals
@@ -323,6 +326,7 @@ class NodeState:
     swap_failed: bool = False
     subscribed: Sequence[str] = ()
     publishers: int = 0
+    other_types: Sequence[str] = ()
     input_topic: str = ''
     rivals: int = 0
     paused: bool = False
@@ -414,7 +418,9 @@ def _input(snapshot: Snapshot, state: NodeState, limits: NodeParameters, active:
     if active:
         since_s = snapshot.since_input_s
         if since_s > limits.stale_input_s:
-            why = ('nobody publishes it; check the remapping' if not state.publishers else
+            why = (f'it carries {", ".join(state.other_types)}, image_transport is '
+                   f'{limits.image_transport}' if state.other_types else
+                   'nobody publishes it; check the remapping' if not state.publishers else
                    f'{state.publishers} publishers; check their QoS and the transport with '
                    '"anomaly-seg doctor"')
             findings.add(ERROR, f'no frame on {state.input_topic} for {since_s:.1f} s ({why})')

@@ -22,6 +22,7 @@ from anomaly_seg_ros.pipeline import BadOutput, Pipeline
 from anomaly_seg_ros.resources import resource
 from anomaly_seg_ros.ros.conversions import stamp_to_ns
 from anomaly_seg_ros.ros.loading import read_model
+from anomaly_seg_ros.ros.parameters import IMAGE_TYPES
 from anomaly_seg_ros.ros.transport import (
     left_behind, profile_path, PROFILE_VARIABLES, segment_size, SHARED_MEMORY)
 import rclpy
@@ -36,7 +37,6 @@ from rclpy.validate_full_topic_name import validate_full_topic_name
 from sensor_msgs.msg import CompressedImage, Image
 
 OK, WARN, ERROR = 'ok', 'WARN', 'ERROR'
-IMAGE_TYPES = {'raw': 'sensor_msgs/msg/Image', 'compressed': 'sensor_msgs/msg/CompressedImage'}
 _MIB = 2**20
 # Of ended programs, from which on it is worth a warning.
 _MUCH_LEFT_BEHIND = 2**30
@@ -319,9 +319,7 @@ def check_frames(topic: str, received: Received, publishers: int,
     if not received.frames:
         if publishers:
             yield Check('frames', ERROR, f'{publishers} publishers of {topic}, but no frame came',
-                        'start the publisher, too, with the Fast DDS profile '
-                        f'({PROFILE_VARIABLES[0]}={resource("config/fastdds.xml")}), or make it '
-                        'reliable')
+                        f'start the publisher, too, with the Fast DDS profile: {_use_profile()}')
         return
     height, width = received.size_hw
     text = f'{width}x{height} {received.encoding}, {received.rate_hz:.1f} Hz'
@@ -346,8 +344,7 @@ def check_transport(environment: Mapping[str, str], frame_bytes: int,
     try:
         segment = segment_size(environment)
     except UserError as error:
-        yield Check('transport', ERROR, str(error),
-                    f'set {PROFILE_VARIABLES[0]} to {resource("config/fastdds.xml")}')
+        yield Check('transport', ERROR, str(error), _use_profile())
         return
     if not segment:
         yield from _check_socket_buffers(f'{middleware} without shared memory', frame_bytes, size)
@@ -358,12 +355,17 @@ def check_transport(environment: Mapping[str, str], frame_bytes: int,
         yield Check('transport', ERROR if segment < frame_bytes else WARN,
                     f'shared-memory segment of {where} holds {segment / _MIB:.1f} MiB, less than '
                     f'two of a {size}: best-effort frames are lost',
-                    f'export {PROFILE_VARIABLES[0]}={resource("config/fastdds.xml")} and '
-                    f'{PROFILE_VARIABLES[1]} alike, for the camera and the node')
+                    f'{_use_profile()}, for the camera and the node')
     else:
         yield Check('transport', OK, f'shared-memory segment of {where} holds '
                     f'{segment / _MIB:.0f} MiB, {segment // frame_bytes} times a {size}')
     yield _check_shared_memory(segment)
+
+
+def _use_profile() -> str:
+    """Say how the profile that lets big images through is used."""
+    new, old = PROFILE_VARIABLES
+    return f'export {new}={resource("config/fastdds.xml")} {old}=${new}'
 
 
 def _check_shared_memory(segment: int, folder: Path = SHARED_MEMORY) -> Check:

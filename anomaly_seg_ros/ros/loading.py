@@ -32,6 +32,8 @@ class LoadedModel:
         Closed together by ``close``.
     path
         The model file.
+    requested
+        The parameter ``model`` that named it.
     about
         Model and backend in words, for diagnostics.
 
@@ -40,6 +42,7 @@ class LoadedModel:
     pipeline: Pipeline
     backend: Backend
     path: Path
+    requested: str
     about: Mapping[str, str]
 
     @property
@@ -137,7 +140,7 @@ def open_model(model: ModelFile, parameters: NodeParameters,
     except BaseException:
         backend.close()
         raise
-    return LoadedModel(pipeline, backend, model.path, _describe(model, backend))
+    return LoadedModel(pipeline, backend, model.path, parameters.model, _describe(model, backend))
 
 
 def _describe(model: ModelFile, backend: Backend) -> dict[str, str]:
@@ -150,6 +153,9 @@ def _describe(model: ModelFile, backend: Backend) -> dict[str, str]:
 
 def _options(parameters: NodeParameters) -> dict[str, Any]:
     """Return what the chosen backend understands of the parameters."""
+    if parameters.backend == 'auto' and (parameters.device or parameters.build_engine):
+        raise UserError('backend auto looks at GPU 0 only and builds no engine: name the backend '
+                        'to use device or build_engine')
     options: dict[str, Any] = {'threads': parameters.threads}
     if parameters.backend == 'cpu':
         options['spinning'] = parameters.spinning

@@ -24,8 +24,8 @@ class ModelSwap:
         What became of the last change; empty when there was none.
     failed
         Whether the last change was given up.
-    failed_from
-        The ``model`` parameter to go back to after a change that was given up.
+    given_up
+        The ``model`` parameter of the change that was given up, and the one to go back to.
     restoring
         Whether the parameter is being set back right now.
 
@@ -35,7 +35,7 @@ class ModelSwap:
         """Begin with no change under way."""
         self.report = ''
         self.failed = False
-        self.failed_from: str | None = None
+        self.given_up: tuple[str, str] | None = None
         self.restoring = False
         self._checked: ModelFile | None = None
         self._loading: ModelCard | None = None
@@ -46,15 +46,26 @@ class ModelSwap:
         """
         Refuse a change that would be wrong, before the parameter is set.
 
+        The file that runs already is no change; it clears what became of the last one.
+
         Raises
         ------
         UserError
             If another change is under way, the settings do not fit the new model, or it was made
-            for frames of another size.
+            for frames of another size; if other parameters change with it.
 
         """
+        self._checked = None
         if self._thread is not None and self._thread.is_alive():
             raise UserError('another model is being loaded; wait until it has taken over')
+        newest = worker.models[-1]
+        if parameters.model == newest.requested and model.sha256 == newest.about['sha256']:
+            self.report, self.failed = '', False
+            return
+        if others := parameters.differing(worker.parameters) - {'model'}:
+            raise UserError(f'set model by itself: {", ".join(sorted(others))} would hold for the '
+                            'model that answers now, too. Set what else is to change when the new '
+                            'one has taken over.')
         current = worker.model.card
         if _units(current) != _units(model.card) and not math.isnan(parameters.threshold):
             raise UserError(
@@ -91,21 +102,22 @@ class ModelSwap:
                 f'model {cards[-1].name!r} with the score {cards[-1].score!r} is about to take '
                 f'over from {cards[0].score!r}: set the threshold when it has.')
 
-    def begin(self, old_path: str, parameters: NodeParameters, worker: Worker,
+    def begin(self, parameters: NodeParameters, worker: Worker,
               failed: Callable[[], None]) -> None:
         """
-        Load the model that was checked and hand it to ``worker``; returns at once.
+        Load the model that was checked, if any, and hand it to ``worker``; returns at once.
 
         ``failed`` is called on the loading thread if the change is given up.
         """
         model, self._checked = self._checked, None
         if model is None:
-            raise RuntimeError('begin needs a model that check has accepted')
-        self.failed, self.failed_from = False, None
+            return
+        self.failed, self.given_up = False, None
         self.report = f'{model.path} is being loaded'
         self._loading = model.card
         self._thread = threading.Thread(
-            target=self._load, args=(model, old_path, parameters, worker, failed),
+            target=self._load,
+            args=(model, worker.models[-1].requested, parameters, worker, failed),
             name='anomaly_seg model loader', daemon=True)
         self._thread.start()
 
@@ -127,9 +139,9 @@ class ModelSwap:
             yield
         finally:
             self.restoring = False
-            self.failed_from = None
+            self.given_up = None
 
-    def _load(self, model: ModelFile, old_path: str, parameters: NodeParameters, worker: Worker,
+    def _load(self, model: ModelFile, before: str, parameters: NodeParameters, worker: Worker,
               failed: Callable[[], None]) -> None:
         try:
             loaded = open_model(model, parameters, worker.size_hw)
@@ -137,7 +149,8 @@ class ModelSwap:
             text = str(error) if isinstance(error, UserError) \
                 else f'{model.path}: {type(error).__name__}: {error}'
             self._loading = None
-            self.report, self.failed, self.failed_from = text, True, old_path
+            self.report, self.failed = text, True
+            self.given_up = (parameters.model, before)
             failed()
             return
         taken = not self._cancelled and worker.swap(loaded)

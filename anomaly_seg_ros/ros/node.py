@@ -26,7 +26,7 @@ from anomaly_seg_ros.ros.loading import (
     LoadedModel, open_model, read_model, read_model_meanwhile)
 from anomaly_seg_ros.ros.model_swap import ModelSwap
 from anomaly_seg_ros.ros.outputs import Outputs
-from anomaly_seg_ros.ros.parameters import declare_parameters, NAMES
+from anomaly_seg_ros.ros.parameters import declare_parameters, IMAGE_TYPES, NAMES
 from anomaly_seg_ros.ros.transport import SharedMemoryCheck
 from anomaly_seg_ros.ros.watchdog import Watchdog
 from anomaly_seg_ros.ros.worker import Arrival, Worker
@@ -305,7 +305,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             parameters = self._settings.changed(values, unconfigured=unconfigured)
             if self._worker is None or self._swap.restoring:
                 return SetParametersResult(successful=True)
-            if parameters.model != self._settings.model:
+            if 'model' in values:  # the same name, too: the file may be another one by now
                 model = read_model_meanwhile(parameters.model, self._take_frame, self.context.ok)
                 self._swap.check(model, self._worker, parameters)
             else:
@@ -316,25 +316,30 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
 
     def _apply_parameters(self, changes: Sequence[Parameter]) -> None:
         values = {change.name: change.value for change in changes if change.name in NAMES}
-        before = self._settings
-        self._settings = before.changed(values, unconfigured=True)
+        self._settings = self._settings.changed(values, unconfigured=True)
         worker = self._worker
         if worker is None:
             return
         worker.parameters = self._settings
-        if self._settings.model != before.model and not self._swap.restoring:
-            self._swap.begin(before.model, self._settings, worker, self._swap_done.trigger)
-        elif 'threshold' in values:
+        if 'model' in values and not self._swap.restoring:
+            self._swap.begin(self._settings, worker, self._swap_failed)
+        if 'threshold' in values:
             self._publish_label_info(worker.model)
 
+    def _swap_failed(self) -> None:
+        """Say so at once, and let the executor's thread set the parameter back."""
+        if self.context.ok():
+            self.get_logger().error(f'model not changed: {self._swap.report}')
+        self._swap_done.trigger()
+
     def _finish_swap(self) -> None:
-        """Set the parameter back after a model that could not be opened."""
-        old = self._swap.failed_from
-        if old is None:
+        """Set the parameter back after a model that could not be opened, unless it is another."""
+        if self._swap.given_up is None:
             return
-        self.get_logger().error(f'model not changed: {self._swap.report}')
+        failed, before = self._swap.given_up
         with self._swap.restore():
-            self.set_parameters([Parameter('model', value=old)])
+            if self._settings.model == failed:
+                self.set_parameters([Parameter('model', value=before)])
 
     def _swapped(self, model: LoadedModel) -> None:
         self._swap.report = f'{model.path} took over'
@@ -361,8 +366,10 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         if parameters.fallback_mask and self._lifecycle == 'active' and worker is not None \
                 and (monitor.since_input_s > parameters.stale_input_s
                      or monitor.busy_s > parameters.stalled_worker_s or not worker.alive):
+            info = self._outputs.camera_info if self._outputs is not None else None
+            frame_id = self._frame_id or (info.header.frame_id if info is not None else '')
             worker.publish_fallback(Header(stamp=self.get_clock().now().to_msg(),
-                                           frame_id=self._frame_id))
+                                           frame_id=frame_id))
         statuses = assess(monitor.snapshot(), self._state(), parameters)
         self._diagnostics.publish(to_message(
             statuses, full_name(self), self._input_topic(), self.get_clock().now().to_msg()))
@@ -385,6 +392,8 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             subscribed = self._outputs.subscribed() if self._outputs is not None else ()
             rivals = self.count_publishers(self.resolve_topic_name(MASK_TOPIC)) \
                 - (self._outputs is not None)
+        inputs = [publisher.topic_type for publisher in
+                  self.get_publishers_info_by_topic(self._input_topic())]
         model: dict[str, str] = {}
         note, error = '', self._transition_error
         if worker is not None:
@@ -403,7 +412,8 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             lifecycle=self._lifecycle, error=error, model=model, model_note=note,
             transport_note=self._shared_memory.problem(),
             swap=self._swap.report, swap_failed=self._swap.failed,
-            subscribed=subscribed, publishers=self.count_publishers(self._input_topic()),
+            subscribed=subscribed, publishers=len(inputs),
+            other_types=sorted(set(inputs) - {IMAGE_TYPES[self._settings.image_transport]}),
             input_topic=self._input_topic(), rivals=max(0, rivals),
             paused=not subscribed and self._settings.pause_without_subscribers,
             has_time=self.get_clock().now().nanoseconds > 0)

@@ -24,6 +24,9 @@ ALWAYS = 'at any time; holds from the next frame on'
 UNCONFIGURED = 'while the node is unconfigured'
 START = 'at start only'
 
+# image_transport -> type of ~/input/image.
+IMAGE_TYPES = {'raw': 'sensor_msgs/msg/Image', 'compressed': 'sensor_msgs/msg/CompressedImage'}
+
 
 def _parameter(default: Any, description: str, change: str = ALWAYS, *,
                between: tuple[float, float] | None = None,
@@ -67,7 +70,7 @@ class NodeParameters:
 
     image_transport: str = _parameter(
         'raw', 'Type of ~/input/image: raw is sensor_msgs/Image, compressed is '
-        'sensor_msgs/CompressedImage.', UNCONFIGURED, choices=('raw', 'compressed'))
+        'sensor_msgs/CompressedImage.', UNCONFIGURED, choices=IMAGE_TYPES)
     reduced_decode: bool = _parameter(
         True, 'Decode JPEG at a half, a quarter or an eighth where the network still is no '
         'larger and the size divides evenly. Faster; the outputs keep the size of the camera, '
@@ -118,11 +121,11 @@ class NodeParameters:
     diagnostics_period_s: float = _parameter(
         1.0, 'Time between two messages on /diagnostics.', UNCONFIGURED, between=(0.05, 60.0))
     max_allowed_processing_time_ms: float = _parameter(
-        500.0, 'WARN when a frame takes longer from its arrival to its last output; 0: never.',
-        between=(0.0, 3.6e6))
+        500.0, 'WARN when a frame takes longer from its arrival to its last output; 0: never, and '
+        'none is too slow for max_acceptable_consecutive_delay_ms either.', between=(0.0, 3.6e6))
     max_acceptable_consecutive_delay_ms: float = _parameter(
-        2000.0, 'ERROR when frames have taken too long for this time without a pause; 0: never.',
-        between=(0.0, 3.6e6))
+        2000.0, 'ERROR when frames have taken longer than max_allowed_processing_time_ms for '
+        'this time without a pause; 0: never.', between=(0.0, 3.6e6))
     stale_input_s: float = _parameter(
         2.0, 'ERROR when no frame has come for this time.', between=(0.05, 3600.0))
     stalled_worker_s: float = _parameter(
@@ -166,6 +169,12 @@ class NodeParameters:
                             'classes. Set region to everywhere.')
         threshold = card.threshold if math.isnan(self.threshold) else self.threshold
         return ObstacleSettings(threshold, self.minimum_area_px, self.region)
+
+    def differing(self, other: 'NodeParameters') -> set[str]:
+        """Return the names of the parameters in which ``other`` differs."""
+        # By their text, in which NaN equals itself.
+        return {item.name for item in fields(self)
+                if repr(getattr(self, item.name)) != repr(getattr(other, item.name))}
 
     def changed(self, values: Mapping[str, Any], *, unconfigured: bool) -> 'NodeParameters':
         """

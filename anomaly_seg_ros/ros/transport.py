@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 
 from anomaly_seg_ros.errors import UserError
 
+# Fast DDS 3 reads the first, Fast DDS 2, which is Jazzy's, only the second.
 PROFILE_VARIABLES = ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE')
 SHARED_MEMORY = Path('/dev/shm')
 # Segment of Fast DDS's built-in shared-memory transport.
@@ -22,8 +23,31 @@ _OWN_LOCK = re.compile(r'(/.*/fastrtps_[0-9a-f]{16})_el( \(deleted\))?')
 
 
 def profile_path(environment: Mapping[str, str]) -> str:
-    """Return the Fast DDS profile that the environment names; empty where it names none."""
-    return next((environment[name] for name in PROFILE_VARIABLES if environment.get(name)), '')
+    """
+    Return the Fast DDS profile that the environment names; empty where it names none.
+
+    Raises
+    ------
+    UserError
+        If the variables of Fast DDS 2 and 3 name different ones.
+
+    """
+    new, old = (environment.get(name, '') for name in PROFILE_VARIABLES)
+    if new != old:
+        raise UserError(f'{PROFILE_VARIABLES[0]} is {new!r} and {PROFILE_VARIABLES[1]} {old!r}: '
+                        'Fast DDS 3 reads only the first, Fast DDS 2 (ROS 2 Jazzy) only the '
+                        'second. Set both to the same file')
+    return new
+
+
+def profile_environment(environment: Mapping[str, str], shipped: str) -> dict[str, str]:
+    """
+    Return the variables to set so that every release of Fast DDS reads the user's profile.
+
+    Where the user named none, it is ``shipped``, which lets big images through; what is set stays.
+    """
+    profile = next(filter(None, map(environment.get, PROFILE_VARIABLES)), shipped)
+    return {name: profile for name in PROFILE_VARIABLES if not environment.get(name)}
 
 
 def segment_size(environment: Mapping[str, str]) -> int:
@@ -33,7 +57,7 @@ def segment_size(environment: Mapping[str, str]) -> int:
     Raises
     ------
     UserError
-        If the profile is missing or not XML.
+        If the profile is missing or not XML, or not every release of Fast DDS reads it.
 
     """
     profile = profile_path(environment)

@@ -9,10 +9,11 @@ import traceback
 from typing import Any
 
 from anomaly_seg_ros.heap import give_back_freed_memory
-from anomaly_seg_ros.images import BadImage, decode_message
+from anomaly_seg_ros.images import BadImage, decode_message, MAX_PIXELS, message_size_hw
 from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.pipeline import BadOutput, Detection
 from anomaly_seg_ros.quality import QualityChecker
+from anomaly_seg_ros.ros.conversions import described_size_hw
 from anomaly_seg_ros.ros.diagnostics import Monitor
 from anomaly_seg_ros.ros.inbox import Mailbox
 from anomaly_seg_ros.ros.loading import LoadedModel
@@ -93,7 +94,7 @@ class Worker:
         self._activation = 0
         self._active = False
         self._stopped = False
-        self._size_hw = model.card.frame_size_hw or model.card.input_size_hw
+        self._size_hw: tuple[int, int] | None = None
         self._answered_size_hw: tuple[int, int] | None = None
         self._swap_lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name='anomaly_seg worker', daemon=True)
@@ -117,8 +118,16 @@ class Worker:
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Size of the last frame, or one that the model suggests before the first."""
-        return self._size_hw
+        """Size of the last frame; before the first, what is known of the camera or the model."""
+        if self._size_hw is not None:
+            return self._size_hw
+        info = self._outputs.camera_info
+        if info is not None:
+            height, width = described_size_hw(info)
+            if 0 < height * width <= MAX_PIXELS:
+                return height, width
+        card, (height, width) = self._model.card, self.parameters.warm_up_size_hw
+        return card.frame_size_hw or ((height, width) if height else card.input_size_hw)
 
     @property
     def answered_size_hw(self) -> tuple[int, int] | None:
@@ -173,11 +182,11 @@ class Worker:
         give_back_freed_memory()
         return True
 
-    def publish_fallback(self, header: Any) -> None:
-        """Publish an all-obstacle mask of the last size, if the node is active."""
+    def publish_fallback(self, header: Any, size_hw: tuple[int, int] | None = None) -> None:
+        """Publish an all-obstacle mask, by default of ``size_hw``, if the node is active."""
         with self._outputs.lock:
             if self._active:
-                self._outputs.publish_fallback(header, self._size_hw)
+                self._outputs.publish_fallback(header, size_hw or self.size_hw)
                 self._monitor.event('fallback_masks')
 
     def _run(self) -> None:
@@ -271,9 +280,17 @@ class Worker:
         self._monitor.dropped(cause, error)
         if self.parameters.fallback_mask:
             try:
-                self.publish_fallback(arrival.message.header)
+                self.publish_fallback(arrival.message.header, _size_of(arrival.message))
             except Exception:  # the thread that answers must not end here
                 self._log_error(traceback.format_exc())
+
+
+def _size_of(message: Any) -> tuple[int, int] | None:
+    """Return the size of a frame that was not decoded; None where it cannot be told."""
+    try:
+        return message_size_hw(message)
+    except BadImage:
+        return None
 
 
 def _all_obstacle(detection: Detection) -> Detection:
