@@ -8,6 +8,7 @@ are those whose SHA-256 the card holds, or it is refused.
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,20 @@ class TorchBackend(Backend):
         self._results = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
                          for x in self._answer]
         if cuda_graph:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.inference_mode(), torch.cuda.graph(self._graph):
+            self._capture()
+
+    def _capture(self) -> None:
+        torch = self._torch
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.inference_mode(), torch.cuda.graph(graph):
                 self._answer = self._module(self._static)
+        except RuntimeError as error:  # some networks make tensors on the CPU while they run
+            logging.getLogger(__name__).warning(
+                'backend torch: %s was not captured as a CUDA graph and runs without, slower: %s',
+                self.card.network, ' '.join(str(error).split())[:300])
+        else:
+            self._graph = graph
 
     def run(self, network_input: np.ndarray) -> NetworkOutput:
         """Run one frame."""
@@ -142,7 +154,9 @@ class TorchBackend(Backend):
 
     def close(self) -> None:
         """Free the network; the backend cannot run afterwards."""
-        self._graph = self._module = None
+        self._graph = self._module = self._static = self._answer = None
+        self._host = self.input_buffer = None
+        self._results = []
 
 
 def default_weights(model: ModelFile) -> Path:
