@@ -188,6 +188,8 @@ def main() -> int:
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--models', type=Path, help='folder to keep the exported files in')
     parser.add_argument('--precisions', nargs='+', default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument('--ways', nargs='+', default=[way for way, *_ in WAYS],
+                        choices=[way for way, *_ in WAYS], help='rows to measure')
     parser.add_argument('--maximum-drop', type=float, default=0.02,
                         help='of AP and mIoU, for int8 to be kept')
     parser.add_argument('--no-write', action='store_true', help='print only')
@@ -221,7 +223,8 @@ def main() -> int:
             if model.card.precision == 'int8':
                 notes.append(f'{precision}: {json.dumps(model.card.parity["drop"])}')
             for way, backend, options in WAYS:
-                if backend == 'torch' and model.card.precision == 'int8':
+                if way not in arguments.ways \
+                        or (backend == 'torch' and model.card.precision == 'int8'):
                     continue
                 reason = None if backend == 'torch' else BACKENDS[backend].unavailable(model)
                 try:

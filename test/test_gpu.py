@@ -214,3 +214,31 @@ def test_a_network_that_cannot_be_captured_runs_without(model: ModelFile, tmp_pa
             expected = reference.run(one).anomaly
             np.testing.assert_allclose(device.run(one).anomaly, expected,
                                        atol=1e-5 * np.ptp(expected))
+
+
+NETWORKS_TRIED = ('segformer', 'upernet-convnext', 'upernet-swin', 'mask2former', 'eomt', 'dpt',
+                  'beit', 'mobilenet_v2_deeplabv3plus')
+
+
+@pytest.mark.parametrize('case', NETWORKS_TRIED)
+def test_every_network_and_score_runs_on_cuda_alone(case: str, tmp_path: Path) -> None:
+    """All scores of one network of each kind, the usual one of the others; none on the CPU."""
+    pytest.importorskip('transformers')
+    from anomaly_seg_ros.fused import applicable_scores
+    from anomaly_seg_ros.networks import load_network
+    from segmenters import family, save
+    reason = BACKENDS['cuda'].unavailable(load_model_file(resource('models/demo.onnx')))
+    if reason is not None:
+        pytest.skip(reason)
+    folder, size = save(case, tmp_path / case), (64, 96)
+    scores = applicable_scores(load_network(family(case), folder, size))
+    for score in scores if case in ('segformer', 'mask2former') else scores[:1]:
+        path = tmp_path / f'{score}.onnx'
+        export_model(ExportRequest(family(case), folder, score, size), path, frames(1, (90, 130)))
+        made = load_model_file(path)
+        with open_backend(made, 'cpu') as reference, open_backend(made, 'cuda') as device:
+            for frame in frames(3, (90, 130)):
+                expected, got = Pipeline(reference)(frame), Pipeline(device)(frame)
+                error = np.abs(got.anomaly - expected.anomaly).max() / np.ptp(expected.anomaly)
+                assert error <= 1e-3, (score, error)
+                assert (got.labels == expected.labels).mean() > 0.99, score

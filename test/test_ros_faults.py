@@ -492,16 +492,18 @@ def test_after_two_failures_the_model_that_answers_is_named(model: Path, pipelin
         check_recovered(driver, pipeline)
 
 
-def test_a_model_is_changed_by_itself(model: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_model_is_changed_by_itself(tmp_path: Path) -> None:
     """What is set with it would hold for the old model, and stay if the new one fails."""
+    path = write_tiny_model(tmp_path / 'used.onnx', drivable=())
     other = write_tiny_model(tmp_path / 'other.onnx', gain=2.0)
-    with NodeRun({**FAST, 'model': str(model)}, outputs=OUTPUTS) as run:
+    with NodeRun({**FAST, 'model': str(path)}, outputs=OUTPUTS) as run:
         driver = Driver(run)
         reason = driver.set_parameters(model=str(other), threshold=0.99, region='everywhere')
         assert reason.startswith('set model by itself: threshold would hold')
-        check_recovered(driver, pipeline)
-        assert driver.set_parameters(model=str(model), minimum_area_px=7) == ''
+        check_recovered(driver, offline(path))
+        assert driver.set_parameters(model=str(path), minimum_area_px=7) == ''
         assert driver.get_parameter('minimum_area_px') == 7
+        assert 'no drivable' in driver.set_parameters(model=str(path), region='drivable')
 
 
 def test_the_same_name_loads_a_file_that_was_replaced(model: Path, pipeline: Pipeline,

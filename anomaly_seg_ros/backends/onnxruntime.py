@@ -152,7 +152,8 @@ def open_session(model: ModelFile, options: Any,
         # Without this, operators that the provider lacks run on the CPU in silence.
         options.add_session_config_entry('session.disable_cpu_ep_fallback', '1')
     try:
-        session = onnxruntime.InferenceSession(model.data, options, providers=list(providers))
+        session = onnxruntime.InferenceSession(model.data, options, providers=list(providers),
+                                               enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         text = ' '.join(str(error).split())
         if 'CPU EP' in text and wanted != 'CPUExecutionProvider':
@@ -161,10 +162,10 @@ def open_session(model: ModelFile, options: Any,
                             'cpu, export the model again, or update onnxruntime-gpu (this is '
                             f'{version}; operators of opset 20 need 1.25). onnxruntime says: '
                             f'{text}') from error
+        remedy = ('Export the model again with this version' if wanted == 'CPUExecutionProvider'
+                  else f'Install what {wanted} needs')
         raise UserError(f'{model.path}: onnxruntime {version} cannot open it on {wanted}: {text}. '
-                        'Export the model again with this version, or choose --backend '
-                        'cpu.') from error
-    session.disable_fallback()
+                        f'{remedy}, or choose --backend cpu.') from error
     if session.get_providers()[0] != wanted:
         raise UserError(f'{model.path}: asked for {wanted}, onnxruntime fell back to '
                         f'{", ".join(session.get_providers())}: the libraries of {wanted} could '

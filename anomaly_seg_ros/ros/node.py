@@ -308,8 +308,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             if 'model' in values:  # the same name, too: the file may be another one by now
                 model = read_model_meanwhile(parameters.model, self._take_frame, self.context.ok)
                 self._swap.check(model, self._worker, parameters)
-            else:
-                self._swap.check_settings(self._worker, parameters)
+            self._swap.check_settings(self._worker, parameters)
         except (UserError, ValueError) as error:
             return SetParametersResult(successful=False, reason=str(error))
         return SetParametersResult(successful=True)
