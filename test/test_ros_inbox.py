@@ -5,7 +5,8 @@ import threading
 import time
 
 import _needs_ros  # noqa: F401
-from anomaly_seg_ros.ros.inbox import Gate, Mailbox
+from anomaly_seg_ros.ros.inbox import Freshness, Gate, Mailbox
+import numpy as np
 import pytest
 
 
@@ -86,6 +87,93 @@ def test_waiting_is_told_once_for_each_wait() -> None:
     assert got == [1, 2, 3]
     assert waits in ([True, True], [True, True, True])
     assert not gate.can_execute(None)
+
+
+def test_an_item_that_is_held_back_makes_room_or_comes_in_the_end() -> None:
+    waits: list[bool] = []
+    box: Mailbox[int] = Mailbox(on_waiting=lambda: waits.append(True))
+    got: list[tuple[int | None, float]] = []
+    thread = threading.Thread(
+        target=lambda: got.extend((box.get(), time.monotonic()) for _ in range(2)))
+    thread.start()
+    while not box.waiting:
+        time.sleep(0.001)
+    assert box.put(1, 30.0) is None
+    time.sleep(0.05)
+    assert box.waiting and not got, 'nobody has it yet, and newer ones may come'
+    assert box.put(2) == 1
+    while len(got) < 1 or not box.waiting:
+        time.sleep(0.001)
+    assert got[0][0] == 2 and len(waits) == 2
+    began_s = time.monotonic()
+    box.put(3, 0.1)
+    thread.join(5)
+    assert got[1][0] == 3 and 0.1 <= got[1][1] - began_s < 2
+    assert not box.waiting
+
+
+MS = 1_000_000
+
+
+def test_a_late_frame_waits_for_the_next_only_where_there_are_too_many() -> None:
+    """At 100 Hz; each case begins with a frame at 1 s."""
+    def asked(*frames: tuple[int, int, int]) -> list[float]:
+        """Ask for frames by the time in ms they came, how many were skipped, and their age."""
+        freshness = Freshness()
+        assert freshness.wait_s(1000 * MS, 0, 1000 * MS) == 0
+        return [freshness.wait_s(came * MS, skipped, (came + age) * MS)
+                for came, skipped, age in frames]
+
+    assert asked((1010, 0, 9)) == [0]  # none was skipped: the node keeps up
+    assert asked((1040, 3, 3)) == [0]  # a third of the period, or less
+    assert asked((1040, 3, 4)) == [pytest.approx(0.011)]  # until the next is 5 ms late
+    assert asked((1040, 3, 9), (1050, 0, 0), (1090, 3, 5)) \
+        == [pytest.approx(0.006), 0, pytest.approx(0.010)]
+    assert asked((1040, 3, 9), (1060, 1, 9), (1100, 3, 9)) \
+        == [pytest.approx(0.006), 0, pytest.approx(0.006)]  # never twice in a row
+    assert asked((1040, 3, 11)) == [0]  # the next should have been here: the stream has ended
+    assert asked((0, 3, 9), (1080, 3, 9), (1120, 3, -5), (1110, 1, 9)) == [0] * 4  # no times
+
+
+def mean_age_s(service_s: float, period_s: float, fresh: bool) -> tuple[float, float]:
+    """
+    Return how old the newest answer is on average at the receiver, and the rate of answers.
+
+    Frames come every ``period_s``; answering one takes ``service_s``, a quarter more or less.
+    """
+    freshness, rng, last, area = Freshness(), np.random.default_rng(0), 0, 0.0
+    now_s = began_s = answered_s = stamp_s = 1.0
+    answers = 0
+    while answers < 3000:
+        newest = int(now_s / period_s)
+        if newest == last:
+            now_s = (newest + 1) * period_s + 1e-9
+            continue
+        came_s = newest * period_s
+        wait_s = freshness.wait_s(round(came_s * 1e9), newest - last - 1, round(now_s * 1e9)) \
+            if fresh else 0.0
+        last = newest
+        if wait_s:
+            now_s = (newest + 1) * period_s + 1e-9
+            continue
+        now_s += service_s * rng.uniform(0.75, 1.25)
+        # The area under the age between two answers.
+        area += ((now_s - stamp_s) ** 2 - (answered_s - stamp_s) ** 2) / 2
+        answered_s, stamp_s, answers = now_s, came_s, answers + 1
+    return area / (now_s - began_s), answers / (now_s - began_s)
+
+
+@pytest.mark.parametrize('ratio', [2.3, 2.8, 3.7, 5.5])
+def test_waiting_for_fresher_frames_makes_the_newest_answer_younger(ratio: float) -> None:
+    """That is what it is for; it costs answers, but not many."""
+    plain, plain_hz = mean_age_s(0.04, 0.04 / ratio, False)
+    fresh, fresh_hz = mean_age_s(0.04, 0.04 / ratio, True)
+    assert fresh < 0.97 * plain
+    assert fresh_hz > 0.85 * plain_hz
+
+
+def test_a_node_that_keeps_up_answers_as_before() -> None:
+    assert mean_age_s(0.04, 0.051, True) == mean_age_s(0.04, 0.051, False)
 
 
 def test_size_must_be_positive() -> None:

@@ -3,7 +3,8 @@
 Where frames wait for the worker: one slot that the newest frame takes, or a bounded queue.
 
 With one slot, frames better wait in the middleware: taking one costs milliseconds under Python's
-lock, in vain if a newer one replaces it. ``Gate`` leaves them there until the worker waits.
+lock, in vain if a newer one replaces it. ``Gate`` leaves them there until the worker waits, and
+``Freshness`` tells whether the one that was there then is still worth an answer.
 """
 
 from collections import deque
@@ -35,6 +36,7 @@ class Mailbox(Generic[T]):
         self._size = size
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
+        self._ready_s = 0.0  # when the items may be taken, by time.monotonic()
         self._closed = False
         self._waiting = False
         self._on_waiting = on_waiting
@@ -44,13 +46,19 @@ class Mailbox(Generic[T]):
         """Whether somebody waits for an item."""
         return self._waiting
 
-    def put(self, item: T) -> T | None:
-        """Add an item; return the oldest one if it had to go. A closed mailbox takes nothing."""
+    def put(self, item: T, wait_s: float = 0.0) -> T | None:
+        """
+        Add an item; return the oldest one if it had to go. A closed mailbox takes nothing.
+
+        With ``wait_s``, which is for a mailbox of size 1, nobody gets the item for so long:
+        whoever waits goes on waiting, and a newer one may take its place.
+        """
         with self._changed:
             if self._closed:
                 return item
             self._items.append(item)
-            self._waiting = False
+            self._ready_s = time.monotonic() + wait_s if wait_s else 0.0
+            self._waiting = self._waiting and wait_s > 0
             pushed_out = self._items.popleft() if len(self._items) > self._size else None
             self._changed.notify()
         # Hand Python's lock to whom was woken; he would get it a quarter of a millisecond later.
@@ -60,13 +68,16 @@ class Mailbox(Generic[T]):
     def get(self) -> T | None:
         """Wait for an item and take it; None once the mailbox is closed."""
         with self._changed:
-            while not self._items and not self._closed:
+            while not self._closed:
+                left_s = self._ready_s - time.monotonic() if self._items else None
+                if left_s is not None and left_s <= 0:
+                    break
                 # Again after each wake-up: what was put may have been cleared away since.
                 if not self._waiting:
                     self._waiting = True
                     if self._on_waiting is not None:
                         self._on_waiting()
-                self._changed.wait()
+                self._changed.wait(left_s)
             self._waiting = False
             return None if self._closed else self._items.popleft()
 
@@ -84,6 +95,50 @@ class Mailbox(Generic[T]):
             self._waiting = False
             self._items.clear()
             self._changed.notify_all()
+
+
+class Freshness:
+    """
+    Tells how long to wait for a newer frame than the one that has just been taken.
+
+    Where frames come faster than they are answered, most go unanswered anyway, and which ones is
+    ours to choose. Answering a frame that has waited for a time a already makes the answer older
+    by a; waiting for the next one, which comes after T - a where T is their period, makes answers
+    rarer by T - a. At the receiver the newest answer is on average the time it took plus a plus
+    half the time between answers old, so waiting pays where a > (T - a) / 2, that is a > T / 3.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no frame seen."""
+        self._last_ns = 0
+        self._held = False
+
+    def wait_s(self, received_ns: int, skipped: int, now_ns: int) -> float:
+        """
+        Return for how many seconds a newer frame is worth waiting for; 0 to answer this one now.
+
+        Parameters
+        ----------
+        received_ns
+            When the middleware received the frame; 0 where it does not say.
+        skipped
+            How many frames came, and were replaced, since the last one that was asked about.
+        now_ns
+            The present time of the same clock.
+
+        """
+        last_ns, self._last_ns = self._last_ns, received_ns
+        held, self._held = self._held, False
+        # Not twice in a row; not where every frame so far was answered: it is not too many then.
+        if held or not skipped or not last_ns or not received_ns:
+            return 0.0
+        period_ns = (received_ns - last_ns) / (skipped + 1)
+        age_ns = now_ns - received_ns
+        if not 0 < period_ns < 3 * age_ns < 3 * period_ns:
+            return 0.0
+        self._held = True
+        # The last frame of a stream is answered, too: when the next one is half a period late.
+        return (1.5 * period_ns - age_ns) / 1e9
 
 
 class Gate(CallbackGroup):  # type: ignore[misc]

@@ -21,7 +21,7 @@ from typing import Any
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.ros.conversions import full_name, stamp_to_ns
 from anomaly_seg_ros.ros.diagnostics import assess, ERROR, Monitor, NodeState, Status, to_message
-from anomaly_seg_ros.ros.inbox import Gate, Mailbox
+from anomaly_seg_ros.ros.inbox import Freshness, Gate, Mailbox
 from anomaly_seg_ros.ros.loading import (
     LoadedModel, open_model, read_model, read_model_meanwhile)
 from anomaly_seg_ros.ros.model_swap import ModelSwap
@@ -87,6 +87,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         # Wakes the executor, which then looks at the gate again.
         self._worker_waits = self.create_guard_condition(lambda: None)
         self._sequence_number = 0
+        self._freshness = Freshness()
         self._watchdog = self._new_watchdog()
         self._autostart = None
         if self._settings.autostart:
@@ -213,6 +214,7 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
                          reliability=ReliabilityPolicy[parameters.input_reliability.upper()])
         kind = Image if parameters.image_transport == 'raw' else CompressedImage
         self._sequence_number = 0
+        self._freshness = Freshness()
         self._inputs = [
             self.create_subscription(
                 kind, INPUT_TOPIC, self._on_image, qos,
@@ -254,12 +256,15 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
             return
         stamp_ns = stamp_to_ns(message.header)
         self._frame_id = message.header.frame_id
-        self._monitor.received(stamp_ns, (self.get_clock().now().nanoseconds - stamp_ns) / 1e6,
-                               self._skipped(info['publication_sequence_number']))
+        skipped = self._skipped(info['publication_sequence_number'])
+        self._monitor.received(
+            stamp_ns, (self.get_clock().now().nanoseconds - stamp_ns) / 1e6, skipped)
+        latest = self._settings.frame_policy == 'latest'
+        wait_s = self._freshness.wait_s(
+            info['received_timestamp'], skipped, time.time_ns()) if latest else 0.0
         arrival = Arrival(message, stamp_ns, arrived_s, worker.activation)
-        if self._mailbox.put(arrival) is not None:
-            self._monitor.dropped('superseded' if self._settings.frame_policy == 'latest'
-                                  else 'queue_full')
+        if self._mailbox.put(arrival, wait_s) is not None:
+            self._monitor.dropped('superseded' if latest else 'queue_full')
 
     def _take_frame(self) -> None:
         """Take a frame if there is one, as the executor does, while a callback occupies that."""
