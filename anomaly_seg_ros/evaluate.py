@@ -36,7 +36,7 @@ from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
 from anomaly_seg_ros.metrics.stored import (
     FrameRow, null_sections, score_metrics, ScoreCurves, StoredScores)
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
-from anomaly_seg_ros.obstacles import ObstacleSettings
+from anomaly_seg_ros.obstacles import ObstacleSettings, settings_for
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
 import cv2
 import numpy as np
@@ -492,8 +492,15 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
     dict
         The content of metrics.json.
 
+    Raises
+    ------
+    UserError
+        If the model or the data cannot be read, the settings do not fit the model, or, without
+        ``keep_going``, a frame cannot be answered.
+
     """
     model_file = load_model_file(model)
+    settings = settings_for(model_file.card, settings)
     # Under keep_going each bad frame is met, and named, when its turn comes.
     problems = list(source.problems) if keep_going else source.check(limit)
     if problems and not keep_going:

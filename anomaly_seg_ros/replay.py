@@ -14,7 +14,7 @@ from anomaly_seg_ros.evaluate import (
     Answer, answer_offline, Progress, Recorder, RESULT_BAG, RunInfo)
 from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.model_file import load_model_file, ModelFile
-from anomaly_seg_ros.obstacles import ObstacleSettings
+from anomaly_seg_ros.obstacles import ObstacleSettings, settings_for
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline
 from anomaly_seg_ros.visualize import anomaly_u8, overlay
 
@@ -92,10 +92,10 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
     if options.realtime and not options.through_node:
         raise UserError('--realtime needs --through-node; offline, every frame is answered')
     model_file = load_model_file(model)
+    settings = settings_for(model_file.card, options.settings)
     reader = read_bag(bag, image_topic=options.image_topic,
                       ground_truth_topic=options.ground_truth_topic,
                       labels_topic=options.labels_topic)
-    settings = options.settings or ObstacleSettings(model_file.card.threshold)
     total = min(len(reader), options.limit or len(reader))
     for each in (RESULT_BAG, f'{RESULT_BAG}.incomplete'):
         if Path(bag).resolve().is_relative_to((Path(output) / each).resolve()):

@@ -17,6 +17,7 @@ from anomaly_seg_ros.datasets import Frame, FrameSource, open_dataset
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate, metrics_of_stored, percentiles
 from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import Pipeline
 from cards import device_model, identity_model
 import cv2
@@ -74,6 +75,15 @@ def per_frame(run: Path) -> list[dict[str, str]]:
     with open(run / 'per_frame.csv', newline='') as stream:
         return [{key: value for key, value in row.items() if not key.endswith('_ms')}
                 for row in csv.DictReader(stream)]
+
+
+def test_the_drivable_region_needs_drivable_classes(tmp_path: Path) -> None:
+    """Told before a frame is read, and nothing is there afterwards."""
+    model = identity_model(tmp_path / 'm.onnx', drivable=()).path
+    with pytest.raises(UserError, match=r"'test' has no drivable classes\. Set region"):
+        evaluate(model, Memory([None]), tmp_path / 'out',
+                 settings=ObstacleSettings(0.0, region='drivable'))
+    assert not (tmp_path / 'out').exists()
 
 
 def test_figures_equal_scikit_learn(tiny_model: Path, small_benchmark: Path,

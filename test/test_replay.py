@@ -13,6 +13,7 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate
 from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.model_file import load_model_file, write_model_file
+from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.replay import replay, ReplayOptions
 from cards import card, device_model, identity_graph, identity_model
 import cv2
@@ -240,6 +241,14 @@ def test_realtime_needs_the_node(tiny_model: Path, tmp_path: Path) -> None:
     """Offline there is no pace to keep."""
     with pytest.raises(UserError, match='through-node'):
         replay(tmp_path, tiny_model, tmp_path / 'out', ReplayOptions(realtime=True))
+
+
+def test_the_drivable_region_needs_drivable_classes(tmp_path: Path) -> None:
+    """Told before the bag is opened or the node started."""
+    model = identity_model(tmp_path / 'm.onnx', drivable=()).path
+    with pytest.raises(UserError, match=r"'test' has no drivable classes\. Set region"):
+        replay(tmp_path / 'no_bag', model, tmp_path / 'out',
+               ReplayOptions(settings=ObstacleSettings(0.0, region='drivable')))
 
 
 def test_unknown_result_topic_lists_the_choices(tiny_model: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def obstacle_options(function: Command) -> Command:
             click.option('--region', type=click.Choice(['everywhere', 'drivable']),
                          default='everywhere', show_default=True,
                          help='Keep obstacles everywhere, or only those that touch the hull of '
-                              'the drivable classes.'),
+                              'the drivable classes of MODEL, which must have some.'),
             click.option('--minimum-area', 'minimum_area_px', type=click.IntRange(1), default=50,
                          show_default=True, metavar='PIXELS',
                          help='Drop components of fewer camera pixels.'),
