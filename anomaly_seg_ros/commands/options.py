@@ -160,7 +160,7 @@ def bundled_model() -> Path:
 
 def dataset_source(name: str, root: Path, split: str | None, options: tuple[str, ...],
                    keep_going: bool = False) -> Any:
-    """Open a data set with the options of the command line."""
+    """Open a data set with the options of the command line; warn where frames are missing."""
     from anomaly_seg_ros.datasets import DATASETS, open_dataset
     given: dict[str, Any] = {}
     for option in options:
@@ -177,7 +177,12 @@ def dataset_source(name: str, root: Path, split: str | None, options: tuple[str,
                                f'{", ".join(sorted(known))}')
     if keep_going:
         given['keep_going'] = True
-    return open_dataset(name, root, **given)
+    source = open_dataset(name, root, **given)
+    if there := source.shortfall():
+        CONSOLE.print(f'{root}: only {there} frames of {name}'
+                      f'{f" ({source.split})" if source.split else ""} are here; figures of the '
+                      'whole set may differ', style='yellow', highlight=False, soft_wrap=True)
+    return source
 
 
 def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int,
