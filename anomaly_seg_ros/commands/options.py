@@ -185,6 +185,21 @@ def dataset_source(name: str, root: Path, split: str | None, options: tuple[str,
     return source
 
 
+def frame_source(dataset: str | None, root: Path | None, split: str | None,
+                 options: tuple[str, ...], images: Path | None, video: Path | None = None) -> Any:
+    """Open the one source of frames that the command line gives."""
+    from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
+    if dataset is None and (root is not None or split is not None or options):
+        raise click.UsageError('--root, --split and --option belong to --dataset')
+    if images is not None:
+        return ImageFolder(images)
+    if video is not None:
+        return VideoFile(video)
+    if dataset is None or root is None:
+        raise click.UsageError('--dataset needs --root')
+    return dataset_source(dataset, root, split, options)
+
+
 def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int,
                       region: str) -> Any:
     """Return the settings, with the card's threshold where none is given."""
