@@ -3,7 +3,8 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,6 @@ class ReplayOptions:
     limit: int | None = None
     save_scores: bool = False
     track: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def replay(bag: Path | str, model: Path | str, output: Path | str,
@@ -115,16 +115,9 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
                 progress('frames', recorder.frames, total)
     run = RunInfo(model_file, f'{bag} ({reader.image_topic})', counts.pop('backend'), settings,
                   {'through_node': options.through_node, 'realtime': options.realtime,
-                   **counts, **options.extra})
+                   **counts})
     return recorder.finish(run, dropped=counts['dropped'], title=Path(bag).name,
                            progress=progress)
-
-
-def _frames(reader: BagReader, limit: int | None) -> Iterator[BagFrame]:
-    for index, frame in enumerate(reader):
-        if limit is not None and index >= limit:
-            return
-        yield frame
 
 
 def _offline(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
@@ -133,7 +126,7 @@ def _offline(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
         counts['backend'] = device.describe()
         pipeline = Pipeline(device, settings)
         warm = None
-        for frame in _frames(reader, options.limit):
+        for frame in islice(reader, options.limit):
             size_hw = frame.image_rgb.shape[:2]
             try:
                 if size_hw != warm:
@@ -160,7 +153,7 @@ def _through_node(reader: BagReader, model: ModelFile, settings: ObstacleSetting
     waiting: dict[int, BagFrame] = {}
 
     def sent() -> Iterator[BagFrame]:
-        for frame in _frames(reader, options.limit):
+        for frame in islice(reader, options.limit):
             waiting[frame.stamp_ns or 0] = frame
             yield frame
 

@@ -209,6 +209,32 @@ def test_the_demo_reads_its_model_before_it_writes(tmp_path: Path) -> None:
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('through_node', [False, True])
+def test_frames_after_the_limit_are_not_read(tmp_path: Path, through_node: bool) -> None:
+    """A damaged one there costs nothing."""
+    model = identity_model(tmp_path / 'm.onnx').path
+    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    (tmp_path / 'images').mkdir()
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / 'images' / f'{number}.png'), image)
+    make_bag(ImageFolder(tmp_path / 'images'), tmp_path / 'whole', compressed='jpeg')
+    with Reader(tmp_path / 'whole') as reader, Writer(
+            tmp_path / 'bag', version=9, storage_plugin=StoragePlugin.MCAP) as out:
+        picture, = (c for c in reader.connections if c.msgtype.endswith('CompressedImage'))
+        topic = out.add_connection(picture.topic, picture.msgtype, typestore=TYPES)
+        for index, (_, log_ns, raw) in enumerate(reader.messages([picture])):
+            message: Any = TYPES.deserialize_cdr(raw, picture.msgtype)
+            if index == 2:
+                message = dataclasses.replace(message, data=message.data[:100].copy())
+            out.write(topic, log_ns, TYPES.serialize_cdr(message, picture.msgtype))
+    options = ReplayOptions(through_node=through_node, result_topics=())
+    with pytest.raises(UserError, match=r'frame 2 .*does not decode'):
+        replay(tmp_path / 'bag', model, tmp_path / 'out', options)
+    metrics = replay(tmp_path / 'bag', model, tmp_path / 'out',
+                     dataclasses.replace(options, limit=2))
+    assert metrics['latency_ms']['frames'] == 2 and metrics['latency_ms']['dropped'] == 0
+
+
 def test_frames_a_device_model_does_not_take_are_named(tmp_path: Path,
                                                        small_benchmark: Path) -> None:
     """The camera's size changes in the bag: the frame, and what was scored before it."""
