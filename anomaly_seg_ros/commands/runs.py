@@ -85,8 +85,8 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
               help='With --through-node: at the pace of the bag; drops are counted.')
 @click.option('--image-topic', help='Topic of the images. Default: the only one.')
 @click.option('--ground-truth-topic',
-              help='Topic of the anomaly masks (mono8: 0, 1, 255); "none" leaves masks and '
-                   'labels aside.')
+              help='Topic of the anomaly masks (mono8: 0, 1, 255), which is then no topic of '
+                   'labels, whatever its name; "none" leaves masks and labels aside.')
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
 @click.option('--save-scores', is_flag=True, help='Keep score maps and masks as .npy.')
 @click.option('--track', type=click.Choice(['anomaly', 'obstacle']),
