@@ -8,7 +8,8 @@ Every run is a folder with the metrics.json and per_frame.csv of ``evaluate``, `
 * means over frames of the figures in per_frame.csv (AP, FPR95, AUROC, best F1, latency), over the
   frames for which every run has one;
 * the pooled AP, FPR95 and AUROC, where every run kept its score maps (``--save-scores``): the
-  estimate is the exact figure, the interval comes from counts in 2,048 bins of score.
+  estimate is the exact figure, the interval comes from counts in bins of score, whose edges are at
+  most 2,048 scores of anomalous pixels; with no more of these than that it is exact too.
 
 Frames are drawn with replacement, the same ones for all runs (paired), and the interval is the
 percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
@@ -34,7 +35,7 @@ import numpy.typing as npt
 
 Float64Array = npt.NDArray[np.float64]
 
-SCORE_BINS = 2048
+SCORE_LEVELS = 2048
 FEW_FRAMES = 20
 _CHUNK = 250  # resamples at a time: bounds the memory of the pooled counts
 
@@ -444,15 +445,17 @@ def _bin_counts(scores: StoredScores, names: Sequence[str]) -> tuple[Float64Arra
     """
     Count the anomalous and the other pixels of each frame in bins of score, highest first.
 
-    The bins are quantiles of the anomalous pixels' scores, so that each holds an equal share of
-    them. Returns two float64 (frames, bins).
+    Each quantile of the anomalous pixels' scores has a bin of its own, and so has what lies
+    between two of them: pixels there are above the one and below the other, not tied with either.
+    Returns two float64 (frames, bins).
     """
     positives = np.concatenate([np.empty(0), *(
         frame.scores[frame.mask == 1] for frame in map(scores.load, names))])
     if not positives.size:
         return (np.zeros((len(names), 1)),) * 2
-    edges = np.unique(np.quantile(positives, np.linspace(0, 1, SCORE_BINS + 1)[:-1],
-                                  method='inverted_cdf'))
+    levels = np.quantile(positives, np.linspace(0, 1, SCORE_LEVELS + 1)[:-1],
+                         method='inverted_cdf')
+    edges = np.unique(np.concatenate([levels, np.nextafter(levels, np.inf)]))
     counts = np.zeros((2, len(names), edges.size + 1))
     for row, name in enumerate(names):
         frame = scores.load(name)
