@@ -269,6 +269,21 @@ def test_runs_over_other_frames_are_refused_unless_only_common_ones_are_asked_fo
         compare_runs([one, three], common_frames=True)
 
 
+def test_score_maps_are_not_read_for_figures_that_are_left_out(
+        stored_frames, tmp_path, monkeypatch):
+    runs = [stored_run(tmp_path / name, frames[:count], {'pixel': {'average_precision': 0.5}})
+            for name, frames, count in zip('ab', stored_frames, (12, 11), strict=True)]
+    for run in runs:  # a figure of each frame, which is compared
+        text = (run / 'per_frame.csv').read_text().splitlines()
+        (run / 'per_frame.csv').write_text('\n'.join(
+            [f'{text[0]},auroc', *(f'{line},0.5' for line in text[1:])]))
+    monkeypatch.setattr('anomaly_seg_ros.compare.StoredScores', None)
+    comparison = compare_runs(runs, resamples=100, common_frames=True)
+    assert comparison.frames == 11
+    assert [row.statistic for row in comparison.rows] == ['AUROC', 'AUROC']
+    assert not any('no interval' in note for note in comparison.notes)
+
+
 def test_runs_over_other_masks_are_refused(tmp_path):
     runs = [write_run(tmp_path / name, frame_rows([0.1, 0.2], pixels=100, positives=positives))
             for name, positives in (('a', 7), ('b', 8))]
