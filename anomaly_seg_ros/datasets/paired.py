@@ -181,11 +181,6 @@ class PairedDataset(FrameSource):
         """Names of the frames in natural order."""
         return [pair.frame_id for pair in self._pairs]
 
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """Files of the frames in natural order."""
-        return tuple(self._pairs)
-
     def __len__(self) -> int:
         """Return the number of frames."""
         return len(self._pairs)
