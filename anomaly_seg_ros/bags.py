@@ -181,7 +181,8 @@ def make_bag(source: FrameSource, output: Path | str, *, rate_hz: float | None =
             bag.write(images, stamp_ns, message)
             bag.write(names, stamp_ns, _typestore().types[_STRING](json.dumps(
                 {'stamp_ns': stamp_ns, 'frame_id': frame.frame_id, 'source': source.name,
-                 'track': source.track, 'class_set': source.class_set})))
+                 'split': source.split, 'track': source.track,
+                 'class_set': source.class_set})))
             counts['frames'] += 1
             for kind, topic, mask in (('ground_truth', ground_truth_topic, frame.anomaly_mask),
                                       ('labels', labels_topic, frame.labels)):
@@ -539,6 +540,8 @@ class BagReader(FrameSource):
             # Not in bags of earlier versions.
             self.track = find_track(entry.get('track', self.track)).name
             self.class_set = entry.get('class_set', self.class_set)
+            split = entry.get('split')
+            self.split = None if split is None else str(split)
             if self.class_set is not None and self.class_set not in CLASS_SETS:
                 raise ValueError(f'unknown class_set {self.class_set!r}')
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -114,8 +114,8 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
             if progress is not None:
                 progress('frames', recorder.frames, total)
     run = RunInfo(model_file, f'{bag} ({reader.image_topic})', counts.pop('backend'), settings,
-                  {'through_node': options.through_node, 'realtime': options.realtime,
-                   **counts})
+                  {'split': reader.split, 'through_node': options.through_node,
+                   'realtime': options.realtime, **counts})
     return recorder.finish(run, dropped=counts['dropped'], title=Path(bag).name,
                            progress=progress)
 

@@ -110,7 +110,7 @@ def test_result_bag_holds_the_camera_image(tiny_model: Path, small_benchmark: Pa
 
 
 def test_a_bag_is_scored_as_the_set_it_was_made_from(tmp_path: Path) -> None:
-    """Its track and the classes of its labels travel along; an option goes before them."""
+    """Its split, track and the classes of its labels travel along; options go before them."""
     image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     (tmp_path / 'set').mkdir()
     for name, pixels in ('leftImg8bit', image), ('gtFine_labelTrainIds', image[..., 0] % 3):
@@ -133,6 +133,7 @@ def test_a_bag_is_scored_as_the_set_it_was_made_from(tmp_path: Path) -> None:
     make_bag(obstacles, tmp_path / 'bag')
     metrics = replay(tmp_path / 'bag' / 'bag.mcap', model, tmp_path / 'out')
     assert metrics['components']['track'] == 'obstacle'
+    assert metrics['run']['split'] == 'validation'
     assert figures(metrics) == figures(evaluate(model, obstacles, tmp_path / 'evaluate'))
     metrics = replay(tmp_path / 'bag', model, tmp_path / 'out', ReplayOptions(track='anomaly'))
     assert metrics['components']['track'] == 'anomaly'
