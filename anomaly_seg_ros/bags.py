@@ -181,7 +181,8 @@ def make_bag(source: FrameSource, output: Path | str, *, rate_hz: float | None =
             bag.write(images, stamp_ns, message)
             bag.write(names, stamp_ns, _typestore().types[_STRING](json.dumps(
                 {'stamp_ns': stamp_ns, 'frame_id': frame.frame_id, 'source': source.name,
-                 'track': source.track, 'class_set': source.class_set})))
+                 'split': source.split, 'track': source.track,
+                 'class_set': source.class_set})))
             counts['frames'] += 1
             for kind, topic, mask in (('ground_truth', ground_truth_topic, frame.anomaly_mask),
                                       ('labels', labels_topic, frame.labels)):
@@ -295,14 +296,15 @@ def read_bag(path: Path | str, *, image_topic: str | None = None,
         None takes the only image topic that is not ground truth.
     ground_truth_topic, labels_topic
         None takes ``/ground_truth/anomaly_mask`` and ``/ground_truth/labels`` where they exist;
-        ``none`` takes nothing; any other name must exist.
+        ``none`` takes nothing; any other name must exist. A topic given as one of the two is not
+        taken for the other.
 
     Raises
     ------
     UserError
-        If the bag is missing, damaged or empty, if a topic is missing or of another type, if two
-        images have one stamp, or if ground truth has no image of the same stamp. Names the file
-        and the remedy.
+        If the bag is missing, damaged or empty, if a topic is missing, of another type or given
+        as both kinds of ground truth, if two images have one stamp, or if ground truth has no
+        image of the same stamp. Names the file and the remedy.
 
     """
     return BagReader(path, image_topic, ground_truth_topic, labels_topic)
@@ -341,9 +343,7 @@ class BagReader(FrameSource):
             #: Number of messages of all topics.
             self.message_count = reader.message_count
             self._check_definitions(reader.connections)
-            self._truth = {kind: _Topic(name, _IMAGE) for kind, name in (
-                ('anomaly_mask', self._truth_topic(ground_truth_topic, GROUND_TRUTH_TOPIC)),
-                ('labels', self._truth_topic(labels_topic, LABELS_TOPIC))) if name is not None}
+            self._truth = self._truth_topics(ground_truth_topic, labels_topic)
             image_topic = self._choose_image_topic(image_topic)
             self._images = _Topic(image_topic, self.topics[image_topic])
             self._index(reader)
@@ -366,11 +366,6 @@ class BagReader(FrameSource):
     def image_transport(self) -> str:
         """How they were recorded, as the node's parameter: ``raw`` or ``compressed``."""
         return 'compressed' if self._images.msgtype == _COMPRESSED else 'raw'
-
-    @property
-    def ground_truth_topics(self) -> dict[str, str]:
-        """``anomaly_mask`` and ``labels`` -> topic, where the bag has them."""
-        return {kind: topic.name for kind, topic in self._truth.items()}
 
     @property
     def frame_ids(self) -> list[str]:
@@ -457,10 +452,21 @@ class BagReader(FrameSource):
                             'Choose one with --image-topic.')
         return pictures[0]
 
-    def _truth_topic(self, wanted: str | None, default: str) -> str | None:
-        if wanted == NO_TOPIC:
-            return None
+    def _truth_topics(self, masks: str | None, labels: str | None) -> dict[str, _Topic]:
+        if masks == labels and masks not in (None, NO_TOPIC):
+            raise UserError(f'{self.root}: {masks} is given for anomaly masks and for labels. '
+                            f'Give each a topic of its own, or {NO_TOPIC}.')
+        # A topic that is given as the one kind is not also the other by its name.
+        masks_default = None if labels == GROUND_TRUTH_TOPIC else GROUND_TRUTH_TOPIC
+        labels_default = None if masks == LABELS_TOPIC else LABELS_TOPIC
+        names = {'anomaly_mask': self._truth_topic(masks, masks_default),
+                 'labels': self._truth_topic(labels, labels_default)}
+        return {kind: _Topic(name, _IMAGE) for kind, name in names.items() if name is not None}
+
+    def _truth_topic(self, wanted: str | None, default: str | None) -> str | None:
         name = default if wanted is None else wanted
+        if name is None or name == NO_TOPIC:
+            return None
         if name not in self.topics:
             if wanted is None:
                 return None
@@ -534,6 +540,8 @@ class BagReader(FrameSource):
             # Not in bags of earlier versions.
             self.track = find_track(entry.get('track', self.track)).name
             self.class_set = entry.get('class_set', self.class_set)
+            split = entry.get('split')
+            self.split = None if split is None else str(split)
             if self.class_set is not None and self.class_set not in CLASS_SETS:
                 raise ValueError(f'unknown class_set {self.class_set!r}')
         except (ValueError, KeyError, TypeError, AttributeError) as error:

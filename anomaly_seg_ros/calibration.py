@@ -125,7 +125,7 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
         raise UserError(f'{model}: a TensorRT engine keeps the card that it was built with. '
                         'Calibrate the .onnx, then build the engine of the result.')
     total = min(len(source), limit or len(source))
-    notes: dict[str, Any] = {'data': source.name, 'frames': total}
+    notes: dict[str, Any] = {'data': source.name, 'split': source.split, 'frames': total}
     temperature = request.temperature
     ids = None
     try:
@@ -161,8 +161,9 @@ def calibrate(model: Path | str, source: FrameSource, output: Path | str,
         model_file, _frames(source, total, 'threshold', progress), request, backend, threads)
     card = replace(
         model_file.card, threshold=threshold, score_range=score_range,
-        threshold_source=f'{text} of {source.name}, {total} frames, at most {PIXELS_PER_FRAME} '
-                         'random pixels of each kind in each, weighted',
+        threshold_source=f'{text} of {source.name}'
+                         f'{f" ({source.split})" if source.split else ""}, {total} frames, at '
+                         f'most {PIXELS_PER_FRAME} random pixels of each kind in each, weighted',
         provenance={**model_file.card.provenance, 'calibration': notes})
     atomic_write_bytes(output, seal_model(model_file.data, card))
     return card

@@ -8,7 +8,8 @@ Every run is a folder with the metrics.json and per_frame.csv of ``evaluate``, `
 * means over frames of the figures in per_frame.csv (AP, FPR95, AUROC, best F1, latency), over the
   frames for which every run has one;
 * the pooled AP, FPR95 and AUROC, where every run kept its score maps (``--save-scores``): the
-  estimate is the exact figure, the interval comes from counts in 2,048 bins of score.
+  estimate is the exact figure, the interval comes from counts in bins of score, whose edges are at
+  most 2,048 scores of anomalous pixels; with no more of these than that it is exact too.
 
 Frames are drawn with replacement, the same ones for all runs (paired), and the interval is the
 percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
@@ -34,7 +35,7 @@ import numpy.typing as npt
 
 Float64Array = npt.NDArray[np.float64]
 
-SCORE_BINS = 2048
+SCORE_LEVELS = 2048
 FEW_FRAMES = 20
 _CHUNK = 250  # resamples at a time: bounds the memory of the pooled counts
 
@@ -134,13 +135,25 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One run folder, read."""
+class Run:
+    """
+    One folder of results.
+
+    Attributes
+    ----------
+    name, path
+        What it is called in tables, and the folder.
+    metrics
+        The content of metrics.json.
+    rows
+        Frame id -> columns of per_frame.csv; None where a figure does not apply.
+
+    """
 
     name: str
     path: Path
     metrics: Mapping[str, Any]
-    rows: Mapping[str, Mapping[str, float | None]]  # by frame id
+    rows: Mapping[str, Mapping[str, float | None]]
 
 
 def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, level: float = 0.95,
@@ -174,7 +187,7 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     if resamples < 100 or not 0 < level < 1:
         raise ValueError('resamples must be at least 100 and level between 0 and 1, '
                          f'got {resamples} and {level}')
-    runs = [_read_run(Path(path), name)
+    runs = [read_run(Path(path), name)
             for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
     frame_ids, same = _shared_frames(runs, common_frames)
     tails = ((1 - level) / 2, (1 + level) / 2)
@@ -182,23 +195,24 @@ def compare_runs(run_dirs: Sequence[Path | str], *, resamples: int = 10_000, lev
     # A frame without a mask, or with a void one, has no part in the pooled figures of pixels.
     scored = [frame for frame in frame_ids
               if any(run.rows[frame].get('pixels', 1) for run in runs)]
-    stored = [_stored(run, scored) for run in runs]
     pooled_notes, rows = [], []
     drawn: dict[str, Float64Array] = {}
     if len(frame_ids) < 2:
         pooled_notes.append('One frame varies in nothing: no figure has an interval.')
-    elif len(scored) < 2:
+    elif same and len(scored) < 2:
         pooled_notes.append('Pooled figures have no interval: fewer than two frames have an '
                             'anomaly mask.')
-    elif all(scores is not None for scores in stored):
-        counts = [_bin_counts(*scores) for scores in stored if scores is not None]
-        drawn = _resample_pooled(counts, resamples, seed)
-    else:
+    elif same:
+        stored = [_stored(run, scored) for run in runs]
         without = [run.name for run, scores in zip(runs, stored, strict=True) if scores is None]
-        pooled_notes.append(
-            f'Pooled figures have no interval: {", ".join(without)} kept no score map of every '
-            'frame. "evaluate" and "replay" keep them with --save-scores; a folder of "metrics" '
-            'has none.')
+        if without:
+            pooled_notes.append(
+                f'Pooled figures have no interval: {", ".join(without)} kept no score map of '
+                'every frame. "evaluate" and "replay" keep them with --save-scores; a folder of '
+                '"metrics" has none.')
+        else:
+            counts = [_bin_counts(*scores) for scores in stored if scores is not None]
+            drawn = _resample_pooled(counts, resamples, seed)
     if not same:
         pooled_notes.append('The runs differ in their frames; only the frames of all runs are '
                             'compared, so pooled figures from metrics.json are left out.')
@@ -335,7 +349,16 @@ def _names(run_dirs: Sequence[Path | str]) -> list[str]:
     return names
 
 
-def _read_run(path: Path, name: str) -> _Run:
+def read_run(path: Path, name: str) -> Run:
+    """
+    Read metrics.json and per_frame.csv of a folder.
+
+    Raises
+    ------
+    UserError
+        If a file is missing or broken; names it and the remedy.
+
+    """
     remedy = 'Give a folder written by "anomaly-seg evaluate", "replay" or "metrics".'
     metrics_path, frames_path = path / 'metrics.json', path / 'per_frame.csv'
     try:
@@ -364,10 +387,10 @@ def _read_run(path: Path, name: str) -> _Run:
             rows[frame_id] = {key: float(text) if text else None for key, text in line.items()}
         except (TypeError, ValueError) as error:
             raise UserError(f'{frames_path}: line {number}: {error}. {remedy}') from error
-    return _Run(name, path, metrics, rows)
+    return Run(name, path, metrics, rows)
 
 
-def _shared_frames(runs: Sequence[_Run], common_frames: bool) -> tuple[list[str], bool]:
+def _shared_frames(runs: Sequence[Run], common_frames: bool) -> tuple[list[str], bool]:
     """Return the frames to compare and whether all runs have exactly these."""
     first = runs[0]
     shared = [frame for frame in first.rows if all(frame in run.rows for run in runs)]
@@ -397,7 +420,7 @@ def _shared_frames(runs: Sequence[_Run], common_frames: bool) -> tuple[list[str]
     return shared, same
 
 
-def _rows(statistic: Statistic, runs: Sequence[_Run], values: Float64Array,
+def _rows(statistic: Statistic, runs: Sequence[Run], values: Float64Array,
           drawn: Float64Array | None, tails: tuple[float, float], frames: int) -> list[Row]:
     """Make one row for each run from the estimates and the resampled ones (resamples, runs)."""
     rows = []
@@ -428,7 +451,7 @@ def _resample_means(table: Float64Array, resamples: int, seed: int) -> Float64Ar
     return means
 
 
-def _stored(run: _Run, frame_ids: Sequence[str]) -> tuple[StoredScores, list[str]] | None:
+def _stored(run: Run, frame_ids: Sequence[str]) -> tuple[StoredScores, list[str]] | None:
     """Open the run's score maps, with the name of each frame's, where it kept them all."""
     folders = run.path / 'scores', run.path / 'masks'
     if not all(folder.is_dir() and any(folder.iterdir()) for folder in folders):
@@ -444,15 +467,17 @@ def _bin_counts(scores: StoredScores, names: Sequence[str]) -> tuple[Float64Arra
     """
     Count the anomalous and the other pixels of each frame in bins of score, highest first.
 
-    The bins are quantiles of the anomalous pixels' scores, so that each holds an equal share of
-    them. Returns two float64 (frames, bins).
+    Each quantile of the anomalous pixels' scores has a bin of its own, and so has what lies
+    between two of them: pixels there are above the one and below the other, not tied with either.
+    Returns two float64 (frames, bins).
     """
     positives = np.concatenate([np.empty(0), *(
         frame.scores[frame.mask == 1] for frame in map(scores.load, names))])
     if not positives.size:
         return (np.zeros((len(names), 1)),) * 2
-    edges = np.unique(np.quantile(positives, np.linspace(0, 1, SCORE_BINS + 1)[:-1],
-                                  method='inverted_cdf'))
+    levels = np.quantile(positives, np.linspace(0, 1, SCORE_LEVELS + 1)[:-1],
+                         method='inverted_cdf')
+    edges = np.unique(np.concatenate([levels, np.nextafter(levels, np.inf)]))
     counts = np.zeros((2, len(names), edges.size + 1))
     for row, name in enumerate(names):
         frame = scores.load(name)

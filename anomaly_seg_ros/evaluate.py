@@ -36,7 +36,7 @@ from anomaly_seg_ros.metrics.segmentation import ConfusionMatrix
 from anomaly_seg_ros.metrics.stored import (
     FrameRow, null_sections, score_metrics, ScoreCurves, StoredScores)
 from anomaly_seg_ros.model_file import load_model_file, ModelCard, ModelFile
-from anomaly_seg_ros.obstacles import ObstacleSettings
+from anomaly_seg_ros.obstacles import ObstacleSettings, settings_for
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline, STAGES
 import cv2
 import numpy as np
@@ -317,7 +317,9 @@ class Recorder:
         metrics['latency_ms'] = {
             **{stage: percentiles(values) for stage, values in self._latency.items()},
             'frames': len(self._rows), 'dropped': dropped}
-        metrics['run'] = run.as_json()
+        metrics['run'] = {
+            **run.as_json(), 'frames': len(self._rows), 'frames_with_mask': len(self._scored),
+            'frames_with_labels': self._labelled}
         write_per_frame(self.output / 'per_frame.csv', self._rows)
         atomic_write_text(self.output / 'metrics.json', json.dumps(metrics, indent=1) + '\n')
         if can_report():
@@ -492,8 +494,15 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
     dict
         The content of metrics.json.
 
+    Raises
+    ------
+    UserError
+        If the model or the data cannot be read, the settings do not fit the model, or, without
+        ``keep_going``, a frame cannot be answered.
+
     """
     model_file = load_model_file(model)
+    settings = settings_for(model_file.card, settings)
     # Under keep_going each bad frame is met, and named, when its turn comes.
     problems = list(source.problems) if keep_going else source.check(limit)
     if problems and not keep_going:
@@ -501,6 +510,7 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
         raise UserError(f'{source.root}: {len(problems)} of the files of {source.name} cannot be '
                         f'scored:{lines}\nMend them, or leave those frames out with '
                         '--keep-going.')
+    there = source.shortfall()
     frame_ids = list(source.frame_ids)[:limit]
     recorder = Recorder(output, model_file.card, save_scores=save_scores,
                         track=track or source.track, class_set=source.class_set)
@@ -522,7 +532,9 @@ def evaluate(model: Path | str, source: FrameSource, output: Path | str, *,
                 progress('frames', index + 1, len(frame_ids))
         run = RunInfo(model_file, f'{source.name} in {source.root}',
                       device.describe(), pipeline.settings,
-                      {'problems': problems} if problems else {})
+                      {'split': source.split,
+                       **({'incomplete': f'{there} frames'} if there else {}),
+                       **({'problems': problems} if problems else {})})
     return recorder.finish(run, workers=workers, ray=ray, title=source.name, progress=progress)
 
 
@@ -580,6 +592,7 @@ def metrics_of_stored(scores: Path | str, masks: Path | str, output: Path | str,
                              'reason': 'score maps hold no times'}
     metrics['run'] = {
         'data': f'{scores} with {masks}', 'frames': len(result.per_frame),
+        'frames_with_mask': len(result.per_frame), 'frames_with_labels': 0,
         'command': [Path(sys.argv[0]).name, *sys.argv[1:]],
         'versions': versions(), 'machine': machine(), 'problems': list(result.skipped),
         'finished': time.strftime('%Y-%m-%dT%H:%M:%S%z')}

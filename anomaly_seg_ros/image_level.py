@@ -7,12 +7,11 @@ of its own domain (Cityscapes) and of another (fog, another country), AUROC over
 mean confidence; here of the mean, maximum and quantiles of any score.
 """
 
-import csv
 from dataclasses import dataclass
-import json
 from pathlib import Path
 from typing import Any
 
+from anomaly_seg_ros.compare import read_run
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.metrics.calibration import image_level_auroc, IMAGE_STATISTICS
 
@@ -72,23 +71,18 @@ def image_level(in_domain: Path | str, out_of_domain: Path | str) -> ImageLevel:
 
 def _read(folder: Path) -> tuple[dict[str, list[float]], str, str]:
     """Return the statistics of each frame, the model's sha256 and its score."""
-    metrics_path, frames_path = folder / 'metrics.json', folder / 'per_frame.csv'
+    run = read_run(folder, str(folder))
     try:
-        run: Any = json.loads(metrics_path.read_text(encoding='utf-8'))['run']
-        model, score = str(run['model_sha256']), str(run['card']['score'])
-    except OSError as error:
-        raise UserError(f'{metrics_path}: cannot be read ({error.strerror}). {_REMEDY}') from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{metrics_path}: does not name the model of the run. {_REMEDY}'
-                        ) from error
-    try:
-        with open(frames_path, encoding='utf-8', newline='') as stream:
-            rows = list(csv.DictReader(stream))
-        return {name: [float(row[f'score_{name}']) for row in rows]
-                for name in IMAGE_STATISTICS}, model, score
-    except OSError as error:
-        raise UserError(f'{frames_path}: cannot be read ({error.strerror}). {_REMEDY}') from error
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f'{frames_path}: must hold the columns score_'
-                        + ', score_'.join(IMAGE_STATISTICS) + f' ({error}). {_REMEDY}'
-                        ) from error
+        about: Any = run.metrics['run']
+        model, score = str(about['model_sha256']), str(about['card']['score'])
+    except (KeyError, TypeError) as error:
+        raise UserError(f'{folder / "metrics.json"}: does not name the model of the run. '
+                        f'{_REMEDY}') from error
+    values = {name: [row.get(f'score_{name}') for row in run.rows.values()]
+              for name in IMAGE_STATISTICS}
+    known = {name: [value for value in column if value is not None]
+             for name, column in values.items()}
+    if known != values:
+        raise UserError(f'{folder / "per_frame.csv"}: must hold a value for every frame in the '
+                        f'columns score_{", score_".join(IMAGE_STATISTICS)}. {_REMEDY}')
+    return known, model, score

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 import math
 
+from anomaly_seg_ros.errors import UserError
+from anomaly_seg_ros.model_card import ModelCard
 import cv2
 import numpy as np
 
@@ -47,6 +49,23 @@ class ObstacleSettings:
             raise ValueError(f'maximum_count must be at least 1, got {self.maximum_count}')
         if self.region not in REGIONS:
             raise ValueError(f'region must be one of {REGIONS}, got {self.region!r}')
+
+
+def settings_for(card: ModelCard, settings: ObstacleSettings | None = None) -> ObstacleSettings:
+    """
+    Return ``settings``, or where there are none those with the threshold of the model's card.
+
+    Raises
+    ------
+    UserError
+        If the region needs drivable classes and the model has none.
+
+    """
+    settings = settings or ObstacleSettings(card.threshold)
+    if settings.region == 'drivable' and not card.drivable:
+        raise UserError(f'region is drivable, but model {card.name!r} has no drivable classes. '
+                        'Set region to everywhere.')
+    return settings
 
 
 @dataclass(frozen=True)

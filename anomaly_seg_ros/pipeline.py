@@ -17,7 +17,7 @@ from anomaly_seg_ros.backends.base import Backend
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.memory import Memory
 from anomaly_seg_ros.obstacles import (
-    find_obstacles, Obstacle, ObstacleSettings, rows_to_search)
+    find_obstacles, Obstacle, ObstacleSettings, rows_to_search, settings_for)
 from anomaly_seg_ros.preprocess import check_image, Preprocessor
 from anomaly_seg_ros.resize import nearest_taps
 import cv2
@@ -84,9 +84,17 @@ class Pipeline:
     """
 
     def __init__(self, backend: Backend, settings: ObstacleSettings | None = None) -> None:
-        """Take an open backend; without ``settings``, the card's threshold is used."""
+        """
+        Take an open backend; without ``settings``, the card's threshold is used.
+
+        Raises
+        ------
+        UserError
+            If the region needs drivable classes and the model has none.
+
+        """
         self.card = backend.card
-        self.settings = settings or ObstacleSettings(self.card.threshold)
+        self.settings = settings_for(self.card, settings)
         self._backend = backend
         self._preprocess = (Preprocessor(self.card, out=backend.input_buffer)
                             if self.card.input_variant == 'host' else None)

@@ -3,7 +3,8 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from anomaly_seg_ros.evaluate import (
     Answer, answer_offline, Progress, Recorder, RESULT_BAG, RunInfo)
 from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.model_file import load_model_file, ModelFile
-from anomaly_seg_ros.obstacles import ObstacleSettings
+from anomaly_seg_ros.obstacles import ObstacleSettings, settings_for
 from anomaly_seg_ros.pipeline import BadOutput, Pipeline
 from anomaly_seg_ros.visualize import anomaly_u8, overlay
 
@@ -65,7 +66,6 @@ class ReplayOptions:
     limit: int | None = None
     save_scores: bool = False
     track: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def replay(bag: Path | str, model: Path | str, output: Path | str,
@@ -92,10 +92,10 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
     if options.realtime and not options.through_node:
         raise UserError('--realtime needs --through-node; offline, every frame is answered')
     model_file = load_model_file(model)
+    settings = settings_for(model_file.card, options.settings)
     reader = read_bag(bag, image_topic=options.image_topic,
                       ground_truth_topic=options.ground_truth_topic,
                       labels_topic=options.labels_topic)
-    settings = options.settings or ObstacleSettings(model_file.card.threshold)
     total = min(len(reader), options.limit or len(reader))
     for each in (RESULT_BAG, f'{RESULT_BAG}.incomplete'):
         if Path(bag).resolve().is_relative_to((Path(output) / each).resolve()):
@@ -114,17 +114,10 @@ def replay(bag: Path | str, model: Path | str, output: Path | str,
             if progress is not None:
                 progress('frames', recorder.frames, total)
     run = RunInfo(model_file, f'{bag} ({reader.image_topic})', counts.pop('backend'), settings,
-                  {'through_node': options.through_node, 'realtime': options.realtime,
-                   **counts, **options.extra})
+                  {'split': reader.split, 'through_node': options.through_node,
+                   'realtime': options.realtime, **counts})
     return recorder.finish(run, dropped=counts['dropped'], title=Path(bag).name,
                            progress=progress)
-
-
-def _frames(reader: BagReader, limit: int | None) -> Iterator[BagFrame]:
-    for index, frame in enumerate(reader):
-        if limit is not None and index >= limit:
-            return
-        yield frame
 
 
 def _offline(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
@@ -133,7 +126,7 @@ def _offline(reader: BagReader, model: ModelFile, settings: ObstacleSettings,
         counts['backend'] = device.describe()
         pipeline = Pipeline(device, settings)
         warm = None
-        for frame in _frames(reader, options.limit):
+        for frame in islice(reader, options.limit):
             size_hw = frame.image_rgb.shape[:2]
             try:
                 if size_hw != warm:
@@ -160,7 +153,7 @@ def _through_node(reader: BagReader, model: ModelFile, settings: ObstacleSetting
     waiting: dict[int, BagFrame] = {}
 
     def sent() -> Iterator[BagFrame]:
-        for frame in _frames(reader, options.limit):
+        for frame in islice(reader, options.limit):
             waiting[frame.stamp_ns or 0] = frame
             yield frame
 

@@ -162,6 +162,8 @@ def write_report(path: Path | str, report: ReportData) -> None:
         path, 'report.html.j2', title=report.title, subtitle=_subtitle(metrics),
         tiles=_tiles(metrics), pixel=_section(pixel),
         components=_section(metrics.get('components')),
+        scored=_pooled(metrics, 'frames_with_mask'),
+        labelled=_pooled(metrics, 'frames_with_labels'),
         curves=_curve_charts(report.curves, metrics),
         no_curves=reason or 'not computed in this run', frames=_frame_groups(report.frames),
         truth_colour=_css(TRUTH_RGB),
@@ -185,7 +187,9 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     A figure that does not apply is left out, or stands with its reason where it is one of the
     two that every benchmark ranks by.
     """
-    rows = [('frames', _value(_get(metrics, 'latency_ms', 'frames')))]
+    rows = [('split', _value(_get(metrics, 'run', 'split'))),
+            ('frames', ', '.join([_value(_get(metrics, 'latency_ms', 'frames')),
+                                  *_partly(metrics)]))]
     for section, key in (('pixel', 'average_precision'), ('pixel', 'fpr95'), ('pixel', 'auroc'),
                          ('pixel', 'best_f1'), ('components', 'mean_f1'),
                          ('segmentation', 'miou'), ('segmentation', 'accuracy')):
@@ -203,6 +207,21 @@ def summary_table(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     if latency.get('dropped'):
         rows.append(('frames dropped', _value(latency['dropped'])))
     return [row for row in rows if row[1] != _NONE]
+
+
+def _partly(metrics: Mapping[str, Any]) -> list[str]:
+    """Return '3 with an anomaly mask' where that many of more frames have one; labels too."""
+    run = metrics.get('run') or {}
+    return [f'{_value(run[key])} with {what}' for key, what in (
+        ('frames_with_mask', 'an anomaly mask'), ('frames_with_labels', 'labels'))
+        if 0 < run.get(key, 0) < run.get('frames', 0)]
+
+
+def _pooled(metrics: Mapping[str, Any], key: str) -> str:
+    """Say over how many frames figures are pooled, from the counts of the run."""
+    frames = _get(metrics, 'run', key)
+    return 'all frames' if frames is None else (
+        f'{_value(frames)} frame{"" if frames == 1 else "s"}')
 
 
 def choose_frames(rows: Sequence[Mapping[str, Any]], count: int = 3, seed: int = 0
@@ -401,7 +420,8 @@ def _tiles(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     if frames is not None:
         dropped = _get(metrics, 'latency_ms', 'dropped')
         tiles.append({'name': 'Frames', 'value': _value(frames),
-                      'note': '' if dropped is None else f'{_value(dropped)} dropped'})
+                      'note': ', '.join([*([] if dropped is None else
+                                           [f'{_value(dropped)} dropped']), *_partly(metrics)])})
     return tiles
 
 

@@ -411,6 +411,24 @@ def text_message(text: str) -> Any:
     return TYPES.types['std_msgs/msg/String'](text)
 
 
+def test_a_topic_given_as_masks_is_not_taken_for_labels(tmp_path: Path) -> None:
+    """Nor the other way round, whatever its name; nor is one topic given as both."""
+    image, truth = image_message(pictures(1)[0], 5), mask_message(1, 5)
+    for topic in GROUND_TRUTH_TOPIC, LABELS_TOPIC:
+        path = write_bag(tmp_path / topic.replace('/', '_'),
+                         [('/left', 5, image, IMAGE), (topic, 5, truth, IMAGE)])
+        masks, labels = (read_bag(path, **{kind: topic})[0]
+                         for kind in ('ground_truth_topic', 'labels_topic'))
+        for found, other in ((masks.anomaly_mask, masks.labels),
+                             (labels.labels, labels.anomaly_mask)):
+            np.testing.assert_array_equal(found, truth.data.reshape(truth.height, truth.width))
+            assert other is None
+        refused(path, f'{topic} is given for anomaly masks and for labels',
+                ground_truth_topic=topic, labels_topic=topic)
+    bare = read_bag(path, ground_truth_topic='none', labels_topic='none')[0]
+    assert bare.anomaly_mask is None and bare.labels is None
+
+
 def test_topics_are_chosen_with_care(tmp_path: Path) -> None:
     image = image_message(pictures(1)[0], 5)
     string = ('/chatter', 5, text_message('hello'), 'std_msgs/msg/String')

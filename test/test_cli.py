@@ -13,7 +13,7 @@ from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.datasets import DATASETS, open_dataset
 from anomaly_seg_ros.engine import EngineKey, record_path
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.model_file import write_model_file
+from anomaly_seg_ros.model_file import load_model_file, write_model_file
 import cards
 from click.testing import CliRunner
 import cv2
@@ -66,6 +66,10 @@ BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
     (['export', 'unet', '--weights', 'w', '--output', 'o'], 'erfnet, roadnet'),
     (['calibrate', 'm', '--dataset', 'unknown', '--root', 'r', '--output', 'o'], 'streethazards'),
     (['make-bag', '--output', 'bag'], '--video'),
+    (['calibrate', 'm', '--output', 'o'], 'give one of --images and --dataset'),
+    (['calibrate', 'm', '--images', 'i', '--dataset', 'acdc', '--output', 'o'], 'give one of'),
+    (['calibrate', 'm', '--images', 'i', '--root', 'r', '--output', 'o'], 'belong to --dataset'),
+    (['calibrate', 'm', '--dataset', 'acdc', '--output', 'o'], '--dataset needs --root'),
     ([*BENCHMARK, 'no_such_set'], 'road_anomaly_21, road_obstacle_21'),
     ([*BENCHMARK, 'acdc', '--option', 'fog'], 'KEY=VALUE'),
     ([*BENCHMARK, 'acdc', '--option', 'wether=fog'], 'it has split, weather'),
@@ -276,6 +280,23 @@ def test_inspect_shows_the_card_also_where_it_does_not_run(tmp_path: Path) -> No
     result = run('inspect', tmp_path / 'm.onnx')
     assert result.returncode == 1
     assert 'max_logit' in result.stdout and 'm.onnx' in result.stderr
+
+
+def test_a_model_is_calibrated_on_images_alone(tmp_path: Path) -> None:
+    """As the README has it: every pixel of the folder counts as in-distribution."""
+    rng = np.random.default_rng(0)
+    (tmp_path / 'frames').mkdir()
+    images = rng.integers(0, 256, (4, 24, 40, 3), dtype=np.uint8)
+    for number, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / 'frames' / f'{number}.png'), image)
+    model = cards.identity_model(tmp_path / 'm.onnx').path
+    result = run('calibrate', model, '--images', tmp_path / 'frames', '--output',
+                 tmp_path / 'o.onnx')
+    assert result.returncode == 0, result.stderr
+    card = load_model_file(tmp_path / 'o.onnx').card
+    scores = -(images.max(-1) / np.float32(255))  # of the identity model, which takes 0 to 1
+    assert 0.008 < np.mean(scores >= card.threshold - 1e-6) <= 0.012
+    assert 'of frames, 4 frames' in card.threshold_source
 
 
 def test_an_engine_is_not_calibrated(tmp_path: Path, small_benchmark: Path) -> None:

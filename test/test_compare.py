@@ -179,12 +179,11 @@ def stored_frames():
              for m, s in zip(masks, shifts, strict=True)] for gain in (1.0, 1.3)]
 
 
-@pytest.mark.parametrize(('bins', 'tolerance'), [(2048, 1e-9), (256, 2e-2)])
+@pytest.mark.parametrize(('levels', 'tolerance'), [(2048, 1e-9), (256, 2e-2)])
 def test_pooled_intervals_agree_with_scikit_learn_on_the_same_resamples(
-        stored_frames, bins, tolerance, tmp_path, monkeypatch):
-    # With more bins than anomalous pixels AP and FPR95 are exact; AUROC takes each in-distribution
-    # pixel as tied with the next lower anomalous one, which moves it by half a bin at the most.
-    monkeypatch.setattr('anomaly_seg_ros.compare.SCORE_BINS', bins)
+        stored_frames, levels, tolerance, tmp_path, monkeypatch):
+    # With as many levels as anomalous pixels the figures are exact.
+    monkeypatch.setattr('anomaly_seg_ros.compare.SCORE_LEVELS', levels)
     exact = [pooled_reference(frames, np.ones(12, int)) for frames in stored_frames]
     runs = [stored_run(tmp_path / name, frames, {'pixel': dict(zip(
         ('average_precision', 'fpr95', 'auroc'), figures, strict=True))})
@@ -195,7 +194,6 @@ def test_pooled_intervals_agree_with_scikit_learn_on_the_same_resamples(
                           for counts in drawn])  # (resamples, runs, figures)
     for k, statistic in enumerate(('AP', 'FPR95', 'AUROC')):
         rows = select(comparison, statistic, 'pooled')
-        tolerance = max(tolerance, 1e-3 if statistic == 'AUROC' else 0)
         for i, row in enumerate(rows):
             assert row.value == exact[i][k]
             expected = np.quantile(reference[:, i, k], (0.025, 0.975))
@@ -269,6 +267,21 @@ def test_runs_over_other_frames_are_refused_unless_only_common_ones_are_asked_fo
     three = write_run(tmp_path / 'c', [{'frame_id': 'other', 'average_precision': 1}])
     with pytest.raises(UserError, match='no frame in common'):
         compare_runs([one, three], common_frames=True)
+
+
+def test_score_maps_are_not_read_for_figures_that_are_left_out(
+        stored_frames, tmp_path, monkeypatch):
+    runs = [stored_run(tmp_path / name, frames[:count], {'pixel': {'average_precision': 0.5}})
+            for name, frames, count in zip('ab', stored_frames, (12, 11), strict=True)]
+    for run in runs:  # a figure of each frame, which is compared
+        text = (run / 'per_frame.csv').read_text().splitlines()
+        (run / 'per_frame.csv').write_text('\n'.join(
+            [f'{text[0]},auroc', *(f'{line},0.5' for line in text[1:])]))
+    monkeypatch.setattr('anomaly_seg_ros.compare.StoredScores', None)
+    comparison = compare_runs(runs, resamples=100, common_frames=True)
+    assert comparison.frames == 11
+    assert [row.statistic for row in comparison.rows] == ['AUROC', 'AUROC']
+    assert not any('no interval' in note for note in comparison.notes)
 
 
 def test_runs_over_other_masks_are_refused(tmp_path):

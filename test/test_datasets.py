@@ -2,6 +2,7 @@
 """Data set adapters on small trees of every layout that people download."""
 
 from pathlib import Path
+import shutil
 from typing import Any
 
 from anomaly_seg_ros.datasets import DATASETS, ImageFolder, open_dataset, PairedDataset
@@ -420,7 +421,6 @@ def test_folder_descriptions(tmp_path: Path, changes: dict[str, Any], image: str
                                .lstrip('/') for name in (image, mask)), 3, 7, 9)
     dataset = open_dataset('folder', tmp_path)
     expect(dataset, ['1', 'night_1'], [0, 1, 255], [0, 255, 4], 3)
-    assert dataset.pairs[0].image == tmp_path / image and dataset.pairs[0].mask == tmp_path / mask
 
 
 def test_hidden_files_are_no_frames(tmp_path: Path) -> None:
@@ -517,14 +517,69 @@ def test_files_that_do_not_pair(tmp_path: Path) -> None:
     dataset = open_dataset('fs_static', tmp_path, keep_going=True)
     assert dataset.frame_ids == ['0', '3'] and len(dataset.problems) == 3
     assert dataset.check() == list(dataset.problems)
-    assert dataset.pairs[1].mask == tmp_path / 'labels_masks/3.png'
+    assert first_pixels(dataset[1].anomaly_mask, 2) == [0, 1]  # that of its image
 
 
 def test_nothing_pairs(tmp_path: Path) -> None:
     save(tmp_path / 'images/a.png', picture(1))
     save(tmp_path / 'labels_masks/b.png', codes(0))
-    with pytest.raises(UserError, match='no frame of fs_static is complete'):
+    with pytest.raises(UserError) as caught:
         open_dataset('fs_static', tmp_path, keep_going=True)
+    for text in ('2 files of fs_static do not pair', 'a.png: no mask', 'b.png: no image'):
+        assert text in str(caught.value)
+    config = {'images': 'images', 'masks': 'labels_masks', 'mask_suffix': '_gt',
+              'anomaly': {0: 'in-distribution', 1: 'anomaly'}}
+    (tmp_path / 'dataset.yaml').write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r'a\.png: no mask\n.* mask_suffix in .*dataset\.yaml, '
+                                        r'which are \'\' and \'_gt\''):
+        open_dataset('folder', tmp_path, keep_going=True)
+
+
+@pytest.mark.parametrize('absent', ['leftImg8bit', 'gtFine'])
+def test_a_split_of_which_half_is_there_is_not_passed_over(tmp_path: Path, absent: str) -> None:
+    """Train is whole and would be scored in place of val, which was meant to be there."""
+    for split in ('val', 'train'):
+        write_pair(tmp_path, f'leftImg8bit/{split}/x/x_{split}_leftImg8bit.png',
+                   f'gtFine/{split}/x/x_{split}_gtFine_labelIds.png', 7)
+    shutil.rmtree(tmp_path / absent / 'val')
+    missing = 'no image' if absent == 'leftImg8bit' else 'no mask'
+    for split in (None, 'val'):
+        with pytest.raises(UserError) as caught:
+            open_dataset('cityscapes', tmp_path, split=split, keep_going=True)
+        for text in ('1 files of cityscapes (val) do not pair', 'x_val_', missing,
+                     'or choose another split (train, test)'):
+            assert text in str(caught.value)
+    assert open_dataset('cityscapes', tmp_path, split='train').shortfall() is None
+
+
+def test_images_that_need_no_masks_are_no_half_of_another_split(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'images/zebra0000.jpg', None)
+    (tmp_path / 'labels_masks').mkdir()
+    dataset = open_dataset('road_anomaly_21', tmp_path)
+    assert dataset.split == 'test' and dataset.frame_ids == ['zebra0000']
+    save(tmp_path / 'images/validation0000.jpg', picture(1))
+    with pytest.raises(UserError, match=r'validation0000\.jpg: no mask'):
+        open_dataset('road_anomaly_21', tmp_path)
+
+
+def test_other_splits_are_looked_for_where_archives_unpack_to(tmp_path: Path) -> None:
+    write_pair(tmp_path, 'dataset_AnomalyTrack/images/validation0.png',
+               'dataset_AnomalyTrack/labels_masks/validation0_labels_semantic.png', 0, 1)
+    with pytest.raises(UserError, match='with the split test here, but validation, all'):
+        open_dataset('road_anomaly_21', tmp_path, split='test')
+
+
+def test_frames_that_a_benchmark_has_more_of_are_counted(tmp_path: Path) -> None:
+    for number in range(2):
+        write_pair(tmp_path, f'images/{number}.jpg', f'labels_masks/{number}.png', 0, 1)
+    assert open_dataset('fs_static', tmp_path).shortfall() == '2 of 30'
+    assert open_dataset('road_obstacle_21', tmp_path).shortfall() == '2 of 30'
+    for number in range(2, 30):
+        write_pair(tmp_path, f'images/{number}.jpg', f'labels_masks/{number}.png', 0, 1)
+    assert open_dataset('fs_static', tmp_path).shortfall() is None
+    assert ImageFolder(tmp_path / 'images').shortfall() is None
+    for adapter in DATASETS.values():
+        assert set(adapter.frame_counts) <= set(adapter.splits or (None,))
 
 
 def test_bad_files_are_named_and_do_not_stop_the_others(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from anomaly_seg_ros.datasets import Frame, FrameSource, open_dataset
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate, metrics_of_stored, percentiles
 from anomaly_seg_ros.model_file import load_model_file
+from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.report import summary_table
 from cards import device_model, identity_model
 import cv2
 import numpy as np
@@ -74,6 +76,15 @@ def per_frame(run: Path) -> list[dict[str, str]]:
     with open(run / 'per_frame.csv', newline='') as stream:
         return [{key: value for key, value in row.items() if not key.endswith('_ms')}
                 for row in csv.DictReader(stream)]
+
+
+def test_the_drivable_region_needs_drivable_classes(tmp_path: Path) -> None:
+    """Told before a frame is read, and nothing is there afterwards."""
+    model = identity_model(tmp_path / 'm.onnx', drivable=()).path
+    with pytest.raises(UserError, match=r"'test' has no drivable classes\. Set region"):
+        evaluate(model, Memory([None]), tmp_path / 'out',
+                 settings=ObstacleSettings(0.0, region='drivable'))
+    assert not (tmp_path / 'out').exists()
 
 
 def test_figures_equal_scikit_learn(tiny_model: Path, small_benchmark: Path,
@@ -151,6 +162,35 @@ def test_keep_going_reports_the_rest_and_names_the_bad(
     assert metrics['latency_ms']['frames'] == 4
     assert len(metrics['run']['problems']) == 1
     assert '3.png' in metrics['run']['problems'][0]
+
+
+def test_the_run_says_which_frames_were_scored(
+        tiny_model: Path, small_benchmark: Path, tmp_path: Path) -> None:
+    """The split, how much of the benchmark is there, and how many frames have a mask."""
+    source = open_dataset('road_anomaly_21', small_benchmark)
+    run = evaluate(tiny_model, source, tmp_path / 'out', limit=3)['run']
+    assert (run['split'], run['incomplete']) == ('validation', '5 of 10 frames')
+    assert [run[key] for key in ('frames', 'frames_with_mask', 'frames_with_labels')] == [3, 3, 0]
+
+    for path in small_benchmark.rglob('*.png'):  # as the test split's frames are called
+        path.rename(path.with_name(f'cow{path.name}'))
+    (small_benchmark / 'labels_masks' / 'cow1.png').unlink()
+    metrics = evaluate(tiny_model, open_dataset('road_anomaly_21', small_benchmark, split='test'),
+                       tmp_path / 'out')
+    run = metrics['run']
+    assert [run[key] for key in ('frames', 'frames_with_mask', 'frames_with_labels')] == [5, 4, 0]
+    rows = dict(summary_table(metrics))
+    assert (rows['split'], rows['frames']) == ('test', '5, 4 with an anomaly mask')
+    page = (tmp_path / 'out' / 'report.html').read_text()
+    for text in ('Pixels, pooled over 4 frames', '0 dropped, 4 with an anomaly mask'):
+        assert text in page
+    model = identity_model(tmp_path / 'm.onnx').path
+    frames = [labelled_frame(0), replace(labelled_frame(1), labels=None)]
+    metrics = evaluate(model, Memory(frames), tmp_path / 'memory')
+    assert dict(summary_table(metrics))['frames'] == '2, 1 with labels'
+    assert 'incomplete' not in metrics['run'] and metrics['run']['split'] is None
+    page = (tmp_path / 'memory' / 'report.html').read_text()
+    assert 'All classes, pooled over 1 frame<' in page and 'pooled over 2 frames<' in page
 
 
 def test_mask_of_another_size_is_never_scored(tiny_model: Path, small_benchmark: Path,

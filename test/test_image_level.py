@@ -40,7 +40,9 @@ def test_runs_of_different_models_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('name, text, said', [
     ('metrics.json', None, 'cannot be read'), ('per_frame.csv', None, 'cannot be read'),
-    ('metrics.json', '{', 'does not name the model'), ('metrics.json', '[]', 'does not name'),
+    ('metrics.json', '{', 'not JSON'), ('metrics.json', '[]', 'must hold a JSON object'),
+    ('metrics.json', '{}', 'does not name the model'),
+    ('metrics.json', '{"run": null}', 'does not name the model'),
     ('per_frame.csv', 'frame_id\n0\n', 'score_mean'),
     ('per_frame.csv', 'frame_id,score_mean\n0,\n', 'score_mean')])
 def test_what_is_no_run_is_named(tmp_path: Path, name: str, text: str | None, said: str) -> None:

@@ -221,6 +221,15 @@ def test_keep_going_scores_the_right_ones_and_lists_the_others(folders):
         score_metrics(StoredScores(*folders), track=None, keep_going=True)
 
 
+def test_masks_that_are_all_there_twice_are_named(tmp_path):
+    for number in range(9):
+        np.save(tmp_path / f'{number}.npy', np.zeros((4, 4), np.float32))
+        (tmp_path / f'{number}.png').touch()
+    with pytest.raises(UserError, match=r'0\.npy: there is a second mask 0\.png; remove one of '
+                                        r'them\n(.*\n){7}  and 1 more$'):
+        StoredScores(tmp_path, tmp_path)
+
+
 def test_folders_that_do_not_pair_say_what_was_found(folders, tmp_path):
     with pytest.raises(UserError, match='missing: not a folder; expected the folder of the masks'):
         StoredScores(folders[0], tmp_path / 'missing')

@@ -13,6 +13,7 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.evaluate import evaluate
 from anomaly_seg_ros.images import decode_message
 from anomaly_seg_ros.model_file import load_model_file, write_model_file
+from anomaly_seg_ros.obstacles import ObstacleSettings
 from anomaly_seg_ros.replay import replay, ReplayOptions
 from cards import card, device_model, identity_graph, identity_model
 import cv2
@@ -109,7 +110,7 @@ def test_result_bag_holds_the_camera_image(tiny_model: Path, small_benchmark: Pa
 
 
 def test_a_bag_is_scored_as_the_set_it_was_made_from(tmp_path: Path) -> None:
-    """Its track and the classes of its labels travel along; an option goes before them."""
+    """Its split, track and the classes of its labels travel along; options go before them."""
     image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     (tmp_path / 'set').mkdir()
     for name, pixels in ('leftImg8bit', image), ('gtFine_labelTrainIds', image[..., 0] % 3):
@@ -132,6 +133,7 @@ def test_a_bag_is_scored_as_the_set_it_was_made_from(tmp_path: Path) -> None:
     make_bag(obstacles, tmp_path / 'bag')
     metrics = replay(tmp_path / 'bag' / 'bag.mcap', model, tmp_path / 'out')
     assert metrics['components']['track'] == 'obstacle'
+    assert metrics['run']['split'] == 'validation'
     assert figures(metrics) == figures(evaluate(model, obstacles, tmp_path / 'evaluate'))
     metrics = replay(tmp_path / 'bag', model, tmp_path / 'out', ReplayOptions(track='anomaly'))
     assert metrics['components']['track'] == 'anomaly'
@@ -208,6 +210,32 @@ def test_the_demo_reads_its_model_before_it_writes(tmp_path: Path) -> None:
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.parametrize('through_node', [False, True])
+def test_frames_after_the_limit_are_not_read(tmp_path: Path, through_node: bool) -> None:
+    """A damaged one there costs nothing."""
+    model = identity_model(tmp_path / 'm.onnx').path
+    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    (tmp_path / 'images').mkdir()
+    for number in range(3):
+        cv2.imwrite(str(tmp_path / 'images' / f'{number}.png'), image)
+    make_bag(ImageFolder(tmp_path / 'images'), tmp_path / 'whole', compressed='jpeg')
+    with Reader(tmp_path / 'whole') as reader, Writer(
+            tmp_path / 'bag', version=9, storage_plugin=StoragePlugin.MCAP) as out:
+        picture, = (c for c in reader.connections if c.msgtype.endswith('CompressedImage'))
+        topic = out.add_connection(picture.topic, picture.msgtype, typestore=TYPES)
+        for index, (_, log_ns, raw) in enumerate(reader.messages([picture])):
+            message: Any = TYPES.deserialize_cdr(raw, picture.msgtype)
+            if index == 2:
+                message = dataclasses.replace(message, data=message.data[:100].copy())
+            out.write(topic, log_ns, TYPES.serialize_cdr(message, picture.msgtype))
+    options = ReplayOptions(through_node=through_node, result_topics=())
+    with pytest.raises(UserError, match=r'frame 2 .*does not decode'):
+        replay(tmp_path / 'bag', model, tmp_path / 'out', options)
+    metrics = replay(tmp_path / 'bag', model, tmp_path / 'out',
+                     dataclasses.replace(options, limit=2))
+    assert metrics['latency_ms']['frames'] == 2 and metrics['latency_ms']['dropped'] == 0
+
+
 def test_frames_a_device_model_does_not_take_are_named(tmp_path: Path,
                                                        small_benchmark: Path) -> None:
     """The camera's size changes in the bag: the frame, and what was scored before it."""
@@ -240,6 +268,14 @@ def test_realtime_needs_the_node(tiny_model: Path, tmp_path: Path) -> None:
     """Offline there is no pace to keep."""
     with pytest.raises(UserError, match='through-node'):
         replay(tmp_path, tiny_model, tmp_path / 'out', ReplayOptions(realtime=True))
+
+
+def test_the_drivable_region_needs_drivable_classes(tmp_path: Path) -> None:
+    """Told before the bag is opened or the node started."""
+    model = identity_model(tmp_path / 'm.onnx', drivable=()).path
+    with pytest.raises(UserError, match=r"'test' has no drivable classes\. Set region"):
+        replay(tmp_path / 'no_bag', model, tmp_path / 'out',
+               ReplayOptions(settings=ObstacleSettings(0.0, region='drivable')))
 
 
 def test_unknown_result_topic_lists_the_choices(tiny_model: Path, tmp_path: Path) -> None:

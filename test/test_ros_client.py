@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames through the live node: all of them, in order, or counted by cause."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 import os
 from pathlib import Path
@@ -62,6 +63,21 @@ def test_every_frame_is_answered_in_order_and_to_the_last_bit(model: Path) -> No
     assert set(replay.drops.values()) == {0}
 
 
+def test_a_frame_is_sent_when_the_one_before_it_is_answered(model: Path) -> None:
+    """Else its end-to-end latency would count the time it waited for the other frame."""
+    events = []
+
+    def sent() -> Iterator[Sent]:
+        for frame in frames(6):
+            events.append(('sent', frame.stamp_ns))
+            yield frame
+
+    for answer in run_frames_through_node(sent(), model=model):
+        events += [('answered', answer.stamp_ns)]
+    assert events == [(what, frame.stamp_ns) for frame in frames(6)
+                      for what in ('sent', 'answered')]
+
+
 def test_realtime_drops_are_counted_by_cause_and_add_up(model: Path) -> None:
     sent = frames(60, 20_000_000)
     sent[10] = Sent(make_frame(10, corner=STALL), sent[10].stamp_ns)
@@ -83,7 +99,7 @@ def test_a_frame_without_an_answer_is_an_error_that_names_it(model: Path) -> Non
     sent[3] = Sent(make_frame(3, corner=NAN), sent[3].stamp_ns)
     answered = []
     with pytest.raises(UserError, match=f'stamp {sent[3].stamp_ns} ns: bad_output: score'):
-        answered.extend(run_frames_through_node(sent, model=model, window=1))
+        answered.extend(run_frames_through_node(sent, model=model))
     with pytest.raises(UserError, match='no answer to the frame with stamp'):
         list(run_frames_through_node([Sent(make_frame(0, corner=STALL), 5)], model=model,
                                      timeout_s=0.05))
@@ -95,8 +111,8 @@ def test_frames_that_cannot_be_matched_are_refused(model: Path) -> None:
                                      model=model))
     with pytest.raises(UserError, match='a frame has no stamp'):
         list(run_frames_through_node([Sent(make_frame(0), None)], model=model))
-    with pytest.raises(ValueError, match='window 1 to 32'):
-        run_frames_through_node([], model=model, window=0)
+    with pytest.raises(ValueError, match='rate must be positive'):
+        run_frames_through_node([], model=model, rate=0)
 
 
 def test_reserved_domains_differ_between_holders() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.commands.options import (
-    backend_options, CONSOLE, DATASET, dataset_source, FILE, FiniteFloat, FiniteRange, NETWORK,
-    OUT, progress_bar, SizeType, THREADS, ThreeFloats)
+    backend_options, CONSOLE, DATASET, dataset_source, FILE, FiniteFloat, FiniteRange,
+    frame_source, NETWORK, OUT, progress_bar, SizeType, THREADS, ThreeFloats)
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.extras import require
 import click
@@ -180,8 +180,11 @@ def build_engine_command(model: Path, output: Path | None, workspace_mib: int | 
 
 @click.command('calibrate')
 @click.argument('model', type=FILE)
-@click.option('--dataset', type=DATASET, required=True, help='Name of the data set.')
-@click.option('--root', type=FILE, required=True, help='Its folder.')
+@click.option('--images', type=FILE,
+              help='A folder of images of your own camera in which nothing is an anomaly.')
+@click.option('--dataset', type=DATASET,
+              help='Or the name of a data set; "anomaly-seg datasets" lists them.')
+@click.option('--root', type=FILE, help='Folder of the data set.')
 @click.option('--split', help='Split of the data set. Default: the first that is there.')
 @click.option('--option', 'options', multiple=True, metavar='KEY=VALUE',
               help='Further options of the data set.')
@@ -196,12 +199,14 @@ def build_engine_command(model: Path, output: Path | None, workspace_mib: int | 
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
 @click.option('--output', type=FILE, required=True, help='The model file to write.')
 @backend_options
-def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
-                      options: tuple[str, ...], temperature: str | None, criterion: str,
-                      rate: float | None, limit: int | None, output: Path, backend: str,
-                      threads: int) -> None:
-    """Write MODEL with temperature and threshold set on a data set."""
+def calibrate_command(model: Path, images: Path | None, dataset: str | None, root: Path | None,
+                      split: str | None, options: tuple[str, ...], temperature: str | None,
+                      criterion: str, rate: float | None, limit: int | None, output: Path,
+                      backend: str, threads: int) -> None:
+    """Write MODEL with temperature and threshold set on frames: your own or a data set's."""
     from anomaly_seg_ros.calibration import calibrate, CalibrationRequest
+    if (dataset is None) == (images is None):
+        raise click.UsageError('give one of --images and --dataset')
     if temperature is not None and temperature not in ('fit', 'keep'):
         try:
             value: str | float | None = float(temperature)
@@ -213,7 +218,7 @@ def calibrate_command(model: Path, dataset: str, root: Path, split: str | None,
         request = CalibrationRequest(value, criterion, rate)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    source = dataset_source(dataset, root, split, options)
+    source = frame_source(dataset, root, split, options, images)
     with progress_bar() as progress:
         card = calibrate(model, source, output, request, backend=backend, threads=threads,
                          limit=limit, progress=progress)

@@ -119,7 +119,7 @@ def obstacle_options(function: Command) -> Command:
             click.option('--region', type=click.Choice(['everywhere', 'drivable']),
                          default='everywhere', show_default=True,
                          help='Keep obstacles everywhere, or only those that touch the hull of '
-                              'the drivable classes.'),
+                              'the drivable classes of MODEL, which must have some.'),
             click.option('--minimum-area', 'minimum_area_px', type=click.IntRange(1), default=50,
                          show_default=True, metavar='PIXELS',
                          help='Drop components of fewer camera pixels.'),
@@ -160,7 +160,7 @@ def bundled_model() -> Path:
 
 def dataset_source(name: str, root: Path, split: str | None, options: tuple[str, ...],
                    keep_going: bool = False) -> Any:
-    """Open a data set with the options of the command line."""
+    """Open a data set with the options of the command line; warn where frames are missing."""
     from anomaly_seg_ros.datasets import DATASETS, open_dataset
     given: dict[str, Any] = {}
     for option in options:
@@ -177,7 +177,27 @@ def dataset_source(name: str, root: Path, split: str | None, options: tuple[str,
                                f'{", ".join(sorted(known))}')
     if keep_going:
         given['keep_going'] = True
-    return open_dataset(name, root, **given)
+    source = open_dataset(name, root, **given)
+    if there := source.shortfall():
+        CONSOLE.print(f'{root}: only {there} frames of {name}'
+                      f'{f" ({source.split})" if source.split else ""} are here; figures of the '
+                      'whole set may differ', style='yellow', highlight=False, soft_wrap=True)
+    return source
+
+
+def frame_source(dataset: str | None, root: Path | None, split: str | None,
+                 options: tuple[str, ...], images: Path | None, video: Path | None = None) -> Any:
+    """Open the one source of frames that the command line gives."""
+    from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
+    if dataset is None and (root is not None or split is not None or options):
+        raise click.UsageError('--root, --split and --option belong to --dataset')
+    if images is not None:
+        return ImageFolder(images)
+    if video is not None:
+        return VideoFile(video)
+    if dataset is None or root is None:
+        raise click.UsageError('--dataset needs --root')
+    return dataset_source(dataset, root, split, options)
 
 
 def obstacle_settings(model: Path, threshold: float | None, minimum_area_px: int,

@@ -6,8 +6,8 @@ import sys
 from typing import Any
 
 from anomaly_seg_ros.commands.options import (
-    backend_options, bundled_model, CONSOLE, DATASET, dataset_source, FILE,
-    obstacle_options, obstacle_settings, OUT, print_metrics, print_path, progress_bar)
+    backend_options, bundled_model, CONSOLE, DATASET, FILE, frame_source, obstacle_options,
+    obstacle_settings, OUT, print_metrics, print_path, progress_bar)
 from anomaly_seg_ros.extras import require
 import click
 from rich.text import Text
@@ -59,23 +59,10 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
     """Record a data set, a folder of images or a video as a rosbag2, with its ground truth."""
     from anomaly_seg_ros.bags import (
         check_recording, DEFAULT_RATE_HZ, GROUND_TRUTH_TOPIC, LABELS_TOPIC, make_bag)
-    from anomaly_seg_ros.datasets.media import ImageFolder, VideoFile
-    from anomaly_seg_ros.datasets.source import FrameSource
 
     if sum(x is not None for x in (dataset, images, video)) != 1:
         raise click.UsageError('give exactly one of --dataset, --images and --video')
-    if dataset is None and (root is not None or split is not None or options):
-        raise click.UsageError('--root, --split and --option belong to --dataset')
-    source: FrameSource
-    if dataset is not None:
-        if root is None:
-            raise click.UsageError('--dataset needs --root')
-        source = dataset_source(dataset, root, split, options)
-    elif images is not None:
-        source = ImageFolder(images)
-    else:
-        assert video is not None
-        source = VideoFile(video)
+    source = frame_source(dataset, root, split, options, images, video)
     rate_hz = rate_hz or source.rate_hz or DEFAULT_RATE_HZ
     try:
         check_recording(len(source), rate_hz, (image_topic, GROUND_TRUTH_TOPIC, LABELS_TOPIC))
@@ -98,8 +85,8 @@ def make_bag_command(dataset: str | None, root: Path | None, split: str | None,
               help='With --through-node: at the pace of the bag; drops are counted.')
 @click.option('--image-topic', help='Topic of the images. Default: the only one.')
 @click.option('--ground-truth-topic',
-              help='Topic of the anomaly masks (mono8: 0, 1, 255); "none" leaves masks and '
-                   'labels aside.')
+              help='Topic of the anomaly masks (mono8: 0, 1, 255), which is then no topic of '
+                   'labels, whatever its name; "none" leaves masks and labels aside.')
 @click.option('--limit', type=click.IntRange(1), help='Take only the first N frames.')
 @click.option('--save-scores', is_flag=True, help='Keep score maps and masks as .npy.')
 @click.option('--track', type=click.Choice(['anomaly', 'obstacle']),

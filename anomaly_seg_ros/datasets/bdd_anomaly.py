@@ -7,6 +7,8 @@ and validation images with one of them in it, the other splits are the frames wi
 (create_bdd_dataset.py of hendrycks/anomaly-seg): 6,280 training, 910 validation, 810 test frames.
 """
 
+from typing import ClassVar
+
 from anomaly_seg_ros.datasets.paired import (
     Codes, Found, IMAGE, keep_by_codes, Layout, Pair, PairedDataset)
 
@@ -19,7 +21,7 @@ _SHIFTED = Codes(
     anomaly={1: 255, **{train + 2: int(train in _ANOMALIES) for train in range(19)}},
     labels={1: 255, **{train + 2: train for train in range(19)}})
 
-_SEG_IMAGE = rf'(?:bdd100k/)?seg/images/{{folder}}/(?P<a>[^/]+)\.{IMAGE}'
+_SEG_IMAGE = rf'seg/images/{{folder}}/(?P<a>[^/]+)\.{IMAGE}'
 
 
 class BddAnomaly(PairedDataset):
@@ -29,6 +31,8 @@ class BddAnomaly(PairedDataset):
     source = ('https://bdd-data.berkeley.edu (10K images, segmentation labels) or the labels of '
               'https://github.com/hendrycks/anomaly-seg')
     splits = ('test', 'validation', 'train')
+    frame_counts: ClassVar[dict[str | None, int]] = {
+        'test': 810, 'validation': 910, 'train': 6280}
     nested = ('bdd100k',)
     layouts = (
         Layout('seg/images/(train|val)/NAME.jpg with seg/train_labels/(train|val)/'

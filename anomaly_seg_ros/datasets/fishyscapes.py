@@ -6,6 +6,7 @@ Masks: 0 in-distribution, 1 anomaly, 255 void.
 """
 
 from pathlib import Path
+from typing import ClassVar
 
 from anomaly_seg_ros.datasets.paired import IMAGE, Layout, Pair, PairedDataset, simple_layout
 from anomaly_seg_ros.datasets.reading import file_size_hw, read_image
@@ -27,6 +28,7 @@ class FsLostAndFound(PairedDataset):
     """
 
     name = 'fs_lost_and_found'
+    frame_counts: ClassVar[dict[str | None, int]] = {None: 100}
     source = ('https://fishyscapes.com/dataset (fishyscapes_lostandfound.zip) and the '
               'Lost & Found data set (leftImg8bit.zip)')
     layouts = (
@@ -60,6 +62,7 @@ class FsStatic(PairedDataset):
     """
 
     name = 'fs_static'
+    frame_counts: ClassVar[dict[str | None, int]] = {None: 30}
     source = 'https://fishyscapes.com/dataset (fs_val_v3.zip) and Cityscapes (leftImg8bit/val)'
     layouts = (
         *(Layout('fs_static_images_v(1|2|3)/NNNN_FRAME_rgb.png with '

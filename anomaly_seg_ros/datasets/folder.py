@@ -61,6 +61,7 @@ class LabelledFolder(PairedDataset):
         # In one folder the longer suffix tells; masks are matched first.
         not_image = f'(?<!{re.escape(image_end)})' \
             if images == masks and len(image_end) > len(mask_end) else ''
+        self._config, self._suffixes = path, (image_end, mask_end)
         # Set on the instance: each folder has a layout of its own.
         self.name = settings.get('name', Path(root).resolve().name)
         self.layouts = (Layout(  # type: ignore[misc]
@@ -71,6 +72,11 @@ class LabelledFolder(PairedDataset):
             tuple('' if folder == '.' else folder for folder in (images, masks)),
             Codes(_anomaly_codes(path, settings), _label_codes(path, settings))),)
         super().__init__(root, split=split, keep_going=keep_going)
+
+    def _remedy(self) -> str:
+        return ('Add the missing files, remove those that have no partner, or set image_suffix '
+                f'and mask_suffix in {self._config}, which are {self._suffixes[0]!r} and '
+                f'{self._suffixes[1]!r}: without them an image and its mask have one name.')
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

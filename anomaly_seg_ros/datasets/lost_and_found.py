@@ -12,6 +12,8 @@ Splits, as road-anomaly-benchmark has them (datasets/tracks.py, tracks_extra.py)
   in test, so one of the two alone is incomplete.
 """
 
+from typing import ClassVar
+
 from anomaly_seg_ros.datasets.paired import (
     Codes, Found, IMAGE, keep_by_codes, Layout, Pair, PairedDataset)
 
@@ -62,6 +64,8 @@ class LostAndFound(PairedDataset):
     source = ('http://wwwlehre.dhbw-stuttgart.de/~sgehrig/lostAndFoundDataset (leftImg8bit.zip, '
               'gtCoarse.zip)')
     splits = ('test_no_known', 'test', 'train', 'fishyscapes')
+    frame_counts: ClassVar[dict[str | None, int]] = {
+        'test_no_known': 1043, 'test': 1203, 'train': 1036, 'fishyscapes': 98}
     nested = ('lostandfound', 'dataset_LostAndFound')
     layouts = (
         Layout('leftImg8bit/(train|test)/SEQUENCE/FRAME_leftImg8bit.(png|webp|jpg) with '

@@ -109,12 +109,13 @@ class Pair:
 
 @dataclass
 class Found:
-    """What discovery found: frames in any order and one sentence for each misfit."""
+    """What discovery found: frames in any order, one sentence for each misfit, all the files."""
 
     layout: Layout
     split: str | None
     pairs: list[Pair] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    files: frozenset[Path] = frozenset()
 
 
 class PairedDataset(FrameSource):
@@ -123,6 +124,8 @@ class PairedDataset(FrameSource):
     class_set: str | None = 'cityscapes'
     #: Splits in the order in which they are tried when none is asked for; empty: no splits.
     splits: ClassVar[tuple[str, ...]] = ()
+    #: Split (None: there are no splits) -> frames of the complete download, where that is known.
+    frame_counts: ClassVar[Mapping[str | None, int]] = {}
     #: Layouts in the order in which they are tried.
     layouts: ClassVar[tuple[Layout, ...]] = ()
     #: Folder names that archives unpack to; tried below the root too.
@@ -140,7 +143,8 @@ class PairedDataset(FrameSource):
         root
             The folder that was downloaded.
         split
-            One of ``splits``; None takes the first that is there.
+            One of ``splits``; None takes the first that is there. One of which only images or only
+            masks are there is not passed over: its files do not pair.
         keep_going
             Leave unpaired files out and list them in ``problems`` instead of raising.
 
@@ -162,15 +166,14 @@ class PairedDataset(FrameSource):
         pairs = self._select(found)
         self._pairs = sorted(pairs, key=lambda pair: natural_key(pair.frame_id))
         self.problems = tuple(found.problems)
-        if self.problems and not keep_going:
+        if self.problems and not (keep_going and self._pairs):
             more = f'\n  and {len(self.problems) - _SHOWN} more' \
                 if len(self.problems) > _SHOWN else ''
-            raise UserError(f'{root}: {len(self.problems)} files of {self.name} do not pair:\n  '
-                            + '\n  '.join(self.problems[:_SHOWN]) + more
-                            + '\nDownload the missing files, or remove those that have no '
-                            'partner.')
+            raise UserError(f'{root}: {len(self.problems)} files of {self._title()} do not pair:'
+                            '\n  ' + '\n  '.join(self.problems[:_SHOWN]) + f'{more}\n'
+                            + self._remedy())
         if not self._pairs:
-            raise UserError(f'{root}: no frame of {self.name} is complete. '
+            raise UserError(f'{root}: no frame of {self._title()} is complete. '
                             'Download the data set again.')
 
     @property
@@ -178,14 +181,14 @@ class PairedDataset(FrameSource):
         """Names of the frames in natural order."""
         return [pair.frame_id for pair in self._pairs]
 
-    @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """Files of the frames in natural order."""
-        return tuple(self._pairs)
-
     def __len__(self) -> int:
         """Return the number of frames."""
         return len(self._pairs)
+
+    def shortfall(self) -> str | None:
+        """Return '15 of 30' where only so many of a benchmark's frames are here, else None."""
+        complete = self.frame_counts.get(self.split, 0)
+        return f'{len(self)} of {complete}' if len(self) < complete else None
 
     def __getitem__(self, index: int) -> Frame:
         """
@@ -228,6 +231,15 @@ class PairedDataset(FrameSource):
             problems.append(str(error))
         return problems
 
+    def _title(self) -> str:
+        return f'{self.name} ({self.split})' if self.split else self.name
+
+    def _remedy(self) -> str:
+        """Say what to do about files that do not pair."""
+        others = [split for split in self.splits if split != self.split]
+        choose = f', or choose another split ({", ".join(others)})' if others else ''
+        return f'Download the missing files, or remove those that have no partner{choose}.'
+
     def _variables(self, split: str | None) -> dict[str, str]:
         """Give regular expressions for the words in braces in the layouts."""
         return {'split': split or ''}
@@ -258,21 +270,24 @@ class PairedDataset(FrameSource):
         if not self.root.is_dir():
             raise UserError(f'{self.root}: no such folder. Give the folder of {self.name}'
                             f'{f", from {self.source}" if self.source else ""}.')
+        half: Found | None = None
         for candidate in (split,) if split else self.splits or (None,):
-            for root in (self.root, *(self.root / name for name in self.nested)):
-                for layout in self.layouts:
-                    if not layout.splits or candidate in layout.splits:
-                        found = self._try(root, layout, candidate)
-                        if found is not None:
-                            return found
+            found = self._look(candidate)
+            if found is None:
+                continue
+            if found.pairs:
+                # The same files may be whole as another split: images that need no masks there.
+                return found if half is None or half.files & found.files else half
+            half = half or found
+        if half is not None:
+            return half
         looked = '\n  '.join(dict.fromkeys(layout.text for layout in self.layouts))
         there = sorted((path.name + '/' * path.is_dir() for path in self.root.iterdir()),
                        key=natural_key)
         more = f' and {len(there) - _SHOWN} more' if len(there) > _SHOWN else ''
         wanted = f' with the split {split}' if split else ''
         others = [other for other in self.splits if other != split and split is not None
-                  and any(self._try(self.root, layout, other) for layout in self.layouts
-                          if not layout.splits or other in layout.splits)]
+                  and (found := self._look(other)) is not None and found.pairs]
         if others:
             raise UserError(f'{self.root}: no {self.name}{wanted} here, but '
                             f'{", ".join(others)}. Choose another split or download this one.')
@@ -282,9 +297,21 @@ class PairedDataset(FrameSource):
             f'and found {", ".join(there[:_SHOWN]) or "nothing"}{more}. '
             f'Give the folder that holds what was looked for.{origin}')
 
+    def _look(self, split: str | None) -> Found | None:
+        """Return the first layout of the split with a frame, else the first with any file."""
+        half: Found | None = None
+        for root in (self.root, *(self.root / name for name in self.nested)):
+            for layout in self.layouts:
+                found = self._try(root, layout, split)
+                if found is not None and found.pairs:
+                    return found
+                half = half or found
+        return half
+
     def _try(self, root: Path, layout: Layout, split: str | None) -> Found | None:
         """Pair the files of one layout; None where the root does not have it."""
-        if any(not (root / name).is_dir() for name in layout.folders):
+        if (layout.splits and split not in layout.splits) or any(
+                not (root / name).is_dir() for name in layout.folders):
             return None
         patterns = []
         for pattern in (layout.masks, layout.images):
@@ -307,14 +334,15 @@ class PairedDataset(FrameSource):
                 else:
                     table[frame_id] = path
                 break
-        if not images or (layout.frames != 'images' and not masks):
+        if not {'both': {**images, **masks}, 'masks': masks, 'images': images}[layout.frames]:
             return None
         pairs = [Pair(name, path, masks.get(name)) for name, path in images.items()
                  if name in masks or layout.frames == 'images']
         if layout.frames == 'both':
             problems += [f'{path}: no mask' for name, path in images.items() if name not in masks]
         problems += [f'{path}: no image' for name, path in masks.items() if name not in images]
-        return Found(layout, split if self.splits else None, pairs, problems)
+        return Found(layout, split if self.splits else None, pairs, problems,
+                     frozenset((*images.values(), *masks.values())))
 
 
 def keep_by_codes(found: Found, keep: Callable[[list[int]], bool]) -> list[Pair]:

@@ -43,6 +43,7 @@ class RoadAnomaly21(_Track):
     source = 'https://segmentmeifyoucan.com/datasets (dataset_AnomalyTrack)'
     nested = ('dataset_AnomalyTrack',)
     splits = ('validation', 'test', 'all')
+    frame_counts: ClassVar[dict[str | None, int]] = {'validation': 10, 'test': 100, 'all': 110}
     frames: ClassVar[dict[str, str]] = {
         'validation': r'validation[^/]*', 'test': r'(?!validation)[a-z][^/]*',
         'all': r'[a-z][^/]*'}
@@ -60,6 +61,7 @@ class RoadObstacle21(_Track):
     source = 'https://segmentmeifyoucan.com/datasets (dataset_ObstacleTrack)'
     nested = ('dataset_ObstacleTrack',)
     splits = ('validation', 'test', 'night', 'snowstorm', 'all')
+    frame_counts: ClassVar[dict[str | None, int]] = {'validation': 30, 'test': 327}
     frames: ClassVar[dict[str, str]] = {
         # The benchmark's code leaves these numbers out of its 30 validation frames.
         'validation': r'validation(?!_(?:19|2[1-9]))[^/]*',

@@ -22,6 +22,8 @@ class FrameSource(ABC):
     problems: tuple[str, ...] = ()
     #: Component sizes by which it is scored: ``anomaly`` or ``obstacle`` (SegmentMeIfYouCan).
     track: str = 'anomaly'
+    #: The split that was opened, where the source has splits.
+    split: str | None = None
     #: Whose ids the labels are, a key of ``classes.CLASS_SETS``; None: those of the model.
     class_set: str | None = None
 
@@ -52,6 +54,10 @@ class FrameSource(ABC):
         """Read the frames one after the other."""
         for index in range(len(self)):
             yield self[index]
+
+    def shortfall(self) -> str | None:
+        """Return '15 of 30' where only so many of a benchmark's frames are here, else None."""
+        return None
 
     def check(self, limit: int | None = None) -> list[str]:
         """Return one sentence for each thing that is wrong with the first ``limit`` frames."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """StreetHazards of the CAOS benchmark (Hendrycks et al., ICML 2022): rendered, with anomalies."""
 
+from typing import ClassVar
+
 from anomaly_seg_ros.datasets.paired import Codes, IMAGE, Layout, PairedDataset
 
 # Codes count from 1: 1 unlabelled (and sky), 2 building, 3 fence, 4 other, 5 pedestrian, 6 pole,
@@ -21,6 +23,7 @@ class StreetHazards(PairedDataset):
     name = 'streethazards'
     source = 'https://github.com/hendrycks/anomaly-seg (streethazards_test.tar, _train.tar)'
     splits = ('test', 'validation', 'training')
+    frame_counts: ClassVar[dict[str | None, int]] = {'test': 1500}
     layouts = tuple(
         Layout(f'{folder}/images/{split}/TOWN/N.png with {folder}/annotations/{split}/TOWN/N.png',
                rf'{folder}/images/{split}/(?P<a>[^/]+)/(?P<b>[^/]+)\.{IMAGE}',

@@ -39,6 +39,7 @@ import numpy.typing as npt
 
 HISTOGRAM_BINS = 100
 CURVE_POINTS = 2000
+_SHOWN = 8
 NO_TRACK = 'no track: give anomaly or obstacle to set the component sizes'
 _NO_RELIS = {'ece': None, 'adaptive_ece': None, 'ks': None, 'prr': None,
              'reason': 'needs class probabilities and labels, not score maps'}
@@ -87,14 +88,16 @@ class StoredScores:
     Raises
     ------
     UserError
-        If a folder is missing or no name pairs; says what was looked for and found.
+        If a folder is missing or no name pairs; says what was looked for and found, or which
+        masks there are twice.
 
     """
 
     def __init__(self, scores_dir: Path | str, masks_dir: Path | str) -> None:
         scores = _by_name(Path(scores_dir), ('.npy',), 'score maps')
         masks = _by_name(Path(masks_dir), ('.png', '.npy'), 'masks')
-        problems = []
+        problems: list[str] = []
+        doubles: list[str] = []
         for name in sorted(scores.keys() | masks.keys()):
             if name not in masks:
                 problems.append(f'{scores[name][0]}: has no mask; expected {name}.png or '
@@ -103,11 +106,16 @@ class StoredScores:
                 problems.append(f'{masks[name][0]}: has no score map; expected {name}.npy in '
                                 f'{scores_dir}')
             elif len(masks[name]) > 1:
-                problems.append(f'{masks[name][0]}: there is a second mask {masks[name][1].name}; '
-                                'remove one of them')
+                doubles.append(f'{masks[name][0]}: there is a second mask {masks[name][1].name}; '
+                               'remove one of them')
+                problems.append(doubles[-1])
         self.problems = tuple(problems)
         self._paths = {name: (scores[name][0], masks[name][0]) for name in sorted(scores)
                        if len(masks.get(name, ())) == 1}
+        if not self._paths and doubles:
+            more = f'\n  and {len(doubles) - _SHOWN} more' if len(doubles) > _SHOWN else ''
+            raise UserError(f'{scores_dir} and {masks_dir}: no score map has one mask only:\n  '
+                            + '\n  '.join(doubles[:_SHOWN]) + more)
         if not self._paths:
             raise UserError(
                 f'{scores_dir} and {masks_dir} have no name in common: {len(scores)} score maps '

@@ -39,7 +39,7 @@ OUTPUTS = ('labels', 'anomaly', 'obstacle_mask')
 # PR_SET_PDEATHSIG is 1): a node that is left over would go on for ever.
 _NODE_PROGRAM = ('import ctypes, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); '
                  'from anomaly_seg_ros.ros.__main__ import main; sys.exit(main())')
-_QUEUE = 32  # frames on their way at most
+_QUEUE = 32  # messages that may wait to be read
 _QUIET_S = 3.0  # at the end of a real-time run: what has not come by then was lost
 _MOST_WAITING = 500  # stamps of which some outputs are still missing
 
@@ -419,8 +419,7 @@ class NodeReplay:
     """
 
     def __init__(self, frames: Iterable[FrameLike], parameters: Mapping[str, Any],
-                 outputs: Sequence[str], realtime: bool, rate: float, window: int,
-                 timeout_s: float) -> None:
+                 outputs: Sequence[str], realtime: bool, rate: float, timeout_s: float) -> None:
         """Take what ``run_frames_through_node`` takes."""
         self.sent = 0
         self.drops: dict[str, int] = {}
@@ -430,7 +429,6 @@ class NodeReplay:
         self._outputs = outputs
         self._realtime = realtime
         self._rate = rate
-        self._window = window
         self._timeout_s = timeout_s
         self._sent_at: dict[int, float] = {}
         self._arrived_at: dict[int, float] = {}
@@ -444,22 +442,17 @@ class NodeReplay:
             self._finish(run)
 
     def _one_by_one(self, run: NodeRun) -> Iterator[NodeAnswer]:
-        """Keep ``window`` frames on their way; every one must be answered."""
-        progress = time.monotonic()
-        frames = iter(self._frames)
-        more = True
-        while more or self._sent_at:
-            while more and len(self._sent_at) < self._window:
-                frame = next(frames, None)
-                if frame is None:
-                    more = False
-                else:
-                    self._send(run, frame)
-                    progress = time.monotonic()
-            for answer in self._collect(run, 0.05):
-                progress = time.monotonic()
-                yield answer
-            self._check_answered(run, time.monotonic() - progress)
+        """
+        Send a frame when the one before it is answered; every one must be answered.
+
+        A second frame on its way would wait for the first, and its latency would count that.
+        """
+        for frame in self._frames:
+            self._send(run, frame)
+            sent = time.monotonic()
+            while self._sent_at:
+                yield from self._collect(run, 0.05)
+                self._check_answered(run, time.monotonic() - sent)
 
     def _at_pace(self, run: NodeRun) -> Iterator[NodeAnswer]:
         """Publish at the frames' own times; the node may drop."""
@@ -537,8 +530,7 @@ class NodeReplay:
 def run_frames_through_node(
         frames: Iterable[FrameLike], *, model: Path | str,
         parameters: Mapping[str, Any] | None = None, realtime: bool = False, rate: float = 1.0,
-        outputs: Sequence[str] = OUTPUTS, window: int = 2,
-        timeout_s: float = 60.0) -> NodeReplay:
+        outputs: Sequence[str] = OUTPUTS, timeout_s: float = 60.0) -> NodeReplay:
     """
     Send frames through the live node and return its answers, matched by stamp.
 
@@ -554,13 +546,11 @@ def run_frames_through_node(
         Further parameters of the node.
     realtime
         Publish at the frames' own pace, best effort, newest frame wins; the node may drop.
-        Otherwise reliable, and every frame must be answered.
+        Otherwise reliable, one frame at a time, and every one must be answered.
     rate
         With ``realtime``: 2.0 publishes twice as fast as the stamps say.
     outputs
         Image outputs to subscribe to.
-    window
-        Without ``realtime``: frames on their way at the same time.
     timeout_s
         How long to wait for an answer.
 
@@ -571,15 +561,15 @@ def run_frames_through_node(
         or does not answer in time; names the stamp.
 
     """
-    if rate <= 0 or not 1 <= window <= _QUEUE:
-        raise ValueError(f'rate must be positive and window 1 to {_QUEUE}, got {rate}, {window}')
+    if rate <= 0:
+        raise ValueError(f'rate must be positive, got {rate}')
     reliability = 'best_effort' if realtime else 'reliable'
     values = {
         'diagnostics_period_s': 0.2, 'fallback_mask': False, 'qos_depth': _QUEUE,
         'input_reliability': reliability, 'output_reliability': reliability,
         'frame_policy': 'latest' if realtime else 'every', **(parameters or {}),
         'model': str(Path(model).resolve())}
-    return NodeReplay(frames, values, tuple(outputs), realtime, rate, window, timeout_s)
+    return NodeReplay(frames, values, tuple(outputs), realtime, rate, timeout_s)
 
 
 def make_header(stamp_ns: int, frame_id: str = 'camera') -> Header:

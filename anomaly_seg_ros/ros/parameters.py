@@ -13,7 +13,7 @@ from typing import Any
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import ModelCard
-from anomaly_seg_ros.obstacles import ObstacleSettings, REGIONS
+from anomaly_seg_ros.obstacles import ObstacleSettings, REGIONS, settings_for
 from anomaly_seg_ros.quality import FLAGS
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
@@ -164,11 +164,8 @@ class NodeParameters:
             If the region needs drivable classes and the model has none.
 
         """
-        if self.region == 'drivable' and not card.drivable:
-            raise UserError(f'region is drivable, but model {card.name!r} has no drivable '
-                            'classes. Set region to everywhere.')
         threshold = card.threshold if math.isnan(self.threshold) else self.threshold
-        return ObstacleSettings(threshold, self.minimum_area_px, self.region)
+        return settings_for(card, ObstacleSettings(threshold, self.minimum_area_px, self.region))
 
     def differing(self, other: 'NodeParameters') -> set[str]:
         """Return the names of the parameters in which ``other`` differs."""
