@@ -8,7 +8,7 @@ graph stays as it is. Its score is compared with the formula in float64 before a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 import time
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export import check_frames, check_graph, MAX_CHECK_FRAMES, threshold_and_range
+from anomaly_seg_ros.export import (
+    check_frames, check_graph, MAX_CHECK_FRAMES, some_frames, threshold_and_range)
 from anomaly_seg_ros.files import atomic_write_bytes, sha256_file
 from anomaly_seg_ros.model_file import ModelCard, seal_model
 from anomaly_seg_ros.networks.class_sets import class_palette, drivable_classes
@@ -102,8 +103,8 @@ def export_onnx(request: OnnxExportRequest, output: Path | str,
     output
         The ``.onnx`` to write; written only after the comparison has passed.
     frames
-        Images uint8 (H, W, 3), RGB, of which the first 20 are compared; default: frames of the
-        synthetic world.
+        Images uint8 (H, W, 3), RGB, of which 20 are compared, see ``some_frames``; default: frames
+        of the synthetic world.
 
     Raises
     ------
@@ -124,7 +125,7 @@ def export_onnx(request: OnnxExportRequest, output: Path | str,
     size_hw = _fix_input(model, request)
     logits = _choose_logits(model, request, renamed)
     card = _draft_card(request, model, size_hw)
-    images = list(islice(check_frames() if frames is None else frames, MAX_CHECK_FRAMES))
+    images = some_frames(check_frames() if frames is None else frames, MAX_CHECK_FRAMES)
     if not images:
         raise UserError('no frames to check the export on; give at least one image')
     inputs = [Preprocessor(card)(image).copy() for image in images]
