@@ -16,10 +16,13 @@ first, and returns float32 (N, H, W), or (P,); N is 1 for samples. Half-precisio
 computed on in float32. Nothing is exponentiated but values <= 0, and no probability close to 1 is
 subtracted from 1, so that saturated pixels keep their digits and their order.
 
+Those of masks take ``size_hw`` too: the sums over the queries (S and its like) are interpolated to
+this size before the score is taken; None leaves them at the masks' size.
+
 f stands for logits / temperature, p for softmax(f) over the classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import TYPE_CHECKING
 
@@ -83,8 +86,8 @@ def void(logits: 'Tensor', temperature: float = 1.0, *, channel: int) -> 'Tensor
     return weights[:, channel] / weights.sum(dim=1)
 
 
-def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor',
-                 temperature: float = 1.0) -> 'Tensor':
+def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                 size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Per-pixel class scores of a mask network: S (N, C, H, W), each >= 0, not normalised over C.
 
@@ -92,68 +95,71 @@ def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor',
     Masked-attention Mask Transformer for Universal Image Segmentation, CVPR 2022 (semantic
     inference). The label of a pixel is the class of largest S.
     """
-    return _mix(_scale(class_logits, temperature).softmax(dim=-1)[..., :-1], mask_logits)
+    return _mix(_scale(class_logits, temperature).softmax(dim=-1)[..., :-1], mask_logits,
+                size_hw)
 
 
-def mask_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
+def mask_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+             size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Maximum class score: ``1 - max_c S_c``, at most 1, negative where masks overlap.
 
     The form used for mask networks by Nayal et al. (RbA, ICCV 2023) and Rai et al.
     (Mask2Anomaly, ICCV 2023).
     """
-    return 1 - class_scores(class_logits, mask_logits, temperature).amax(dim=1)
+    return 1 - class_scores(class_logits, mask_logits, temperature, size_hw).amax(dim=1)
 
 
-def mask_max_logit(class_logits: 'Tensor', mask_logits: 'Tensor',
-                   temperature: float = 1.0) -> 'Tensor':
+def mask_max_logit(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                   size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Maximum mask-weighted class logit: ``-max_c sum_q (cls_qc / T) sigmoid(m_q)``, unbounded.
 
     "No object" is dropped. The form of the PoliTo study of ERFNet and EoMT.
     """
-    return -_mix(_scale(class_logits, temperature)[..., :-1], mask_logits).amax(dim=1)
+    return -_mix(_scale(class_logits, temperature)[..., :-1], mask_logits, size_hw).amax(dim=1)
 
 
-def mask_entropy(class_logits: 'Tensor', mask_logits: 'Tensor',
-                 temperature: float = 1.0) -> 'Tensor':
+def mask_entropy(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                 size_hw: Sequence[int] | None = None) -> 'Tensor':
     """Entropy in nats of S normalised over the classes: ``H[S_c / sum_k S_k]``, in [0, ln C]."""
-    return _entropy_of(_normalised(class_scores(class_logits, mask_logits, temperature)))
+    return _entropy_of(_normalised(class_scores(class_logits, mask_logits, temperature, size_hw)))
 
 
-def mask_energy(class_logits: 'Tensor', mask_logits: 'Tensor',
-                temperature: float = 1.0) -> 'Tensor':
+def mask_energy(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Free energy of the class scores: ``-logsumexp_c S_c``, at most -ln C.
 
     S in the place of logits, as Nayal et al. evaluate energy on Mask2Former.
     """
-    return -_logsumexp(class_scores(class_logits, mask_logits, temperature), 1.0)
+    return -_logsumexp(class_scores(class_logits, mask_logits, temperature, size_hw), 1.0)
 
 
-def rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
+def rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+        size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Rejected by all: ``-sum_c tanh(S_c)``, in (-C, 0].
 
     Nayal et al., RbA: Segmenting Unknown Regions Rejected by All, ICCV 2023, equation 5.
     """
-    return -class_scores(class_logits, mask_logits, temperature).tanh().sum(dim=1)
+    return -class_scores(class_logits, mask_logits, temperature, size_hw).tanh().sum(dim=1)
 
 
-def polito_msp(class_logits: 'Tensor', mask_logits: 'Tensor',
-               temperature: float = 1.0) -> 'Tensor':
+def polito_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+               size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     MSP as the PoliTo study's script has it: ``1 - max_{c < C-1} S_c / sum_k S_k``, in [0, 1].
 
     S is normalised over all C >= 2 classes, then the last real class is dropped as if it were
     "no object". For comparison with that study only.
     """
-    scores = _normalised(class_scores(class_logits, mask_logits, temperature))
+    scores = _normalised(class_scores(class_logits, mask_logits, temperature, size_hw))
     return 1 - scores[:, :-1].amax(dim=1)
 
 
-def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor',
-               temperature: float = 1.0) -> 'Tensor':
+def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+               size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Uncertainty of the queries, averaged over their masks, in [0, 1]: the PoliTo study's "RbA".
 
@@ -162,8 +168,9 @@ def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor',
     """
     certainty = _scale(class_logits, temperature).softmax(dim=-1)[..., :-1].amax(dim=-1)
     masks = _memberships(mask_logits)
-    weighted = ((1 - certainty)[..., None, None] * masks).sum(dim=1)
-    return weighted / masks.sum(dim=1).clamp_min(_TINY)
+    weighted = ((1 - certainty)[..., None, None] * masks).sum(dim=1, keepdim=True)
+    total = masks.sum(dim=1, keepdim=True)
+    return (resize(weighted, size_hw) / resize(total, size_hw).clamp_min(_TINY))[:, 0]
 
 
 def mean_msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
@@ -290,6 +297,15 @@ def score_function(name: str, outputs: str | None = None) -> Callable[..., 'Tens
     return TABLES[outputs][name]
 
 
+def resize(x: 'Tensor', size_hw: Sequence[int] | None) -> 'Tensor':
+    """Resize (N, C, h, w) bilinearly with half-pixel centres; None leaves the size as it is."""
+    from torch.nn.functional import interpolate
+
+    if size_hw is None or tuple(x.shape[-2:]) == tuple(size_hw):
+        return x
+    return interpolate(x, size=tuple(size_hw), mode='bilinear', align_corners=False)
+
+
 def _scale(values: 'Tensor', temperature: float) -> 'Tensor':
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f'temperature must be a positive number, got {temperature}')
@@ -337,11 +353,12 @@ def _memberships(mask_logits: 'Tensor') -> 'Tensor':
     return smaller.where(logits < 0, 1.0) / (1 + smaller)
 
 
-def _mix(class_values: 'Tensor', mask_logits: 'Tensor') -> 'Tensor':
-    """``sum_q class_values_qc sigmoid(m_q)``: (N, Q, C), (N, Q, H, W) -> (N, C, H, W)."""
+def _mix(class_values: 'Tensor', mask_logits: 'Tensor',
+         size_hw: Sequence[int] | None) -> 'Tensor':
+    """``sum_q class_values_qc sigmoid(m_q)``: (N, Q, C), (N, Q, h, w) -> (N, C, H, W)."""
     masks = _memberships(mask_logits)
     mixed = class_values.transpose(1, 2) @ masks.flatten(2)
-    return mixed.unflatten(2, tuple(masks.shape[2:]))
+    return resize(mixed.unflatten(2, tuple(masks.shape[2:])), size_hw)
 
 
 def _normalised(scores: 'Tensor') -> 'Tensor':

@@ -130,7 +130,7 @@ def test_pixels_that_no_mask_claims():
     classes[0].fill_diagonal_(9.0)
     image = masks.permute(0, 2, 3, 1).reshape(1, 1, -1, 19).expand(1, 3, -1, -1).contiguous()
     for name in MASK_SCORES:
-        head = MasksHead(MasksOfImage(classes), MASK_SCORES[name], False, None).eval()
+        head = MasksHead(MasksOfImage(classes), MASK_SCORES[name], False, None, 1.0).eval()
         session = onnxruntime.InferenceSession(to_onnx(head, image),
                                                providers=['CPUExecutionProvider'])
         labels, anomaly = session.run(['labels', 'anomaly'], {'image': image.numpy()})
@@ -332,21 +332,38 @@ class FixedMasks(torch.nn.Module):
 
 
 @pytest.mark.parametrize('mask_size_hw', [None, (24, 24)])
-def test_masks_are_resized_before_and_after(mask_size_hw, image):
+@pytest.mark.parametrize('temperature', [1.0, 2.5])
+def test_label_and_score_are_of_the_same_class_scores(mask_size_hw, temperature, image):
+    """Masks are resized first, then S, of the same temperature, and then both are taken."""
     generator = torch.Generator().manual_seed(12)
     classes = torch.randn(1, 9, 20, generator=generator) * 3
     masks = torch.randn(1, 9, 16, 24, generator=generator) * 3
     network = replace(constant_network(outputs='masks', upsample=True, mask_size_hw=mask_size_hw),
                       module=FixedMasks(classes, masks))
-    labels, anomaly = fuse(network, 'rba', 1.0)(image)
-    resized = torch.nn.functional.interpolate(masks, mask_size_hw or (64, 96), mode='bilinear')
-    s = torch.einsum('nqc,nqhw->nchw', classes.softmax(-1)[..., :-1], resized.sigmoid())
-    want = torch.nn.functional.interpolate(s, (64, 96), mode='bilinear').argmax(dim=1)
-    assert (labels == want).float().mean() > 0.999
-    rba = -s.tanh().sum(dim=1, keepdim=True)
-    torch.testing.assert_close(
-        anomaly[:, None], torch.nn.functional.interpolate(rba, (64, 96), mode='bilinear'),
-        rtol=1e-5, atol=1e-5)
+
+    def interpolate(x, size_hw):
+        return torch.nn.functional.interpolate(x, size_hw, mode='bilinear')
+    shares = interpolate(interpolate(masks.double(), mask_size_hw or (64, 96)).sigmoid(), (64, 96))
+    s = torch.einsum('nqc,nqhw->nchw', (classes.double() / temperature).softmax(-1)[..., :-1],
+                     shares)
+    for name in MASK_SCORES:
+        labels, anomaly = fuse(network, name, temperature)(image)
+        assert (labels == s.argmax(dim=1)).float().mean() > 0.999
+        # S is linear in the masks' shares of the pixels: interpolating these is the same.
+        want = mask_reference(name, classes, shares.logit(), temperature)
+        np.testing.assert_allclose(anomaly, want, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_an_ensemble_takes_interpolated_class_scores(image):
+    """As one mask network does: the logarithm comes behind."""
+    generator = torch.Generator().manual_seed(12)
+    body = FixedMasks(torch.randn(1, 9, 20, generator=generator) * 3,
+                      torch.randn(1, 9, 16, 24, generator=generator) * 3)
+    masks = torch.nn.functional.interpolate(body.masks.double(), (24, 24), mode='bilinear')
+    shares = torch.nn.functional.interpolate(masks.sigmoid(), (64, 96), mode='bilinear')
+    s = torch.einsum('nqc,nqhw->nchw', body.classes.double().softmax(-1)[..., :-1], shares)
+    torch.testing.assert_close(MasksAsLogits(body, (24, 24))(image).double(), s.log(),
+                               rtol=1e-5, atol=1e-5)
 
 
 def test_ensemble_of_mask_networks(image):
