@@ -58,12 +58,7 @@ def entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     ``p * log p`` is NaN where p underflows.
     """
     shifted, weights, rest = _exponentials(logits, temperature)
-    total = 1 + rest
-    # ln(1 + rest): ln of the sum would lose the digits of a small rest, ONNX has no log1p, and
-    # ONNX Runtime no artanh on GPUs. So Kahan's, in which the sum's rounding cancels out.
-    rounded = total - 1
-    logarithm = rest.where(rounded == 0, rest * total.log() / rounded)
-    return logarithm - (weights * shifted).sum(dim=1) / total
+    return _log1p(rest) - (weights * shifted).sum(dim=1) / (1 + rest)
 
 
 def energy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
@@ -123,7 +118,7 @@ def mask_max_logit(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: f
 def mask_entropy(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
                  size_hw: Sequence[int] | None = None) -> 'Tensor':
     """Entropy in nats of S normalised over the classes: ``H[S_c / sum_k S_k]``, in [0, ln C]."""
-    return _entropy_of(_normalised(class_scores(class_logits, mask_logits, temperature, size_hw)))
+    return _entropy_of(class_scores(class_logits, mask_logits, temperature, size_hw))
 
 
 def mask_energy(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
@@ -180,12 +175,8 @@ def mean_msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using Deep
     Ensembles, NeurIPS 2017.
     """
-    # The sum of the others: 1 - max would lose every digit where the samples are sure.
-    posterior = mean_posterior(logits, temperature)
-    largest = posterior.amax(dim=1, keepdim=True)
-    below = ((largest - posterior) * 1e38).clamp(max=1)  # 0 at a maximum and 1 elsewhere
-    equals = posterior.shape[1] - 1 - below.sum(dim=1)  # further classes that share it
-    return (posterior * below).sum(dim=1) + equals * largest[:, 0]
+    _, rest = _ratios(mean_posterior(logits, temperature))
+    return rest / (1 + rest)
 
 
 def mean_max_logit(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
@@ -330,9 +321,7 @@ def _exponentials(logits: 'Tensor', temperature: float) -> 'tuple[Tensor, Tensor
     weights = shifted.exp()
     # 0 at a maximum and 1 elsewhere; half the time of a comparison and a where.
     below = (shifted * -1e38).clamp(max=1)
-    rest = (weights * below).sum(dim=1)
-    equals = (weights.sum(dim=1) - 1 - rest).round()  # further classes that share the maximum
-    return shifted, weights, rest + equals
+    return shifted, weights, _sum_of_others(weights, weights * below)
 
 
 def _logsumexp(logits: 'Tensor', temperature: float) -> 'Tensor':
@@ -365,5 +354,35 @@ def _normalised(scores: 'Tensor') -> 'Tensor':
     return scores / scores.sum(dim=1, keepdim=True).clamp_min(_TINY)
 
 
-def _entropy_of(posterior: 'Tensor') -> 'Tensor':
-    return -(posterior * posterior.clamp_min(_TINY).log()).sum(dim=1)
+def _entropy_of(shares: 'Tensor') -> 'Tensor':
+    """``-sum_c p_c ln p_c`` of p = shares / their sum."""
+    # As in ``entropy``, for near 1 the logarithm of a rounded p would have no digits.
+    others, rest = _ratios(shares)
+    return _log1p(rest) - (others * others.clamp_min(_TINY).log()).sum(dim=1) / (1 + rest)
+
+
+def _ratios(shares: 'Tensor') -> 'tuple[Tensor, Tensor]':
+    """Return shares / max shares with 0 at a maximum, and the sum of all ratios but for one 1."""
+    largest = shares.amax(dim=1, keepdim=True)
+    ratios = shares / largest.clamp_min(_TINY)
+    # By the shares themselves: OpenVINO's ratio of a number to itself is not always 1.
+    others = ratios.where(shares < largest, 0.0)
+    return others, _sum_of_others(ratios, others).clamp_min(0)  # -1 where all shares are 0
+
+
+def _sum_of_others(weights: 'Tensor', others: 'Tensor') -> 'Tensor':
+    """Return the sum of weights <= 1 but for one that is 1; ``others`` has 0 for these."""
+    rest = others.sum(dim=1)
+    return rest + (weights.sum(dim=1) - 1 - rest).round()  # further classes that share it
+
+
+def _log1p(x: 'Tensor') -> 'Tensor':
+    """
+    ``ln(1 + x)`` for x > -1, with all the digits of a small x.
+
+    ONNX has no log1p, and ONNX Runtime no artanh on GPUs. So Kahan's, in which the rounding of the
+    sum cancels out.
+    """
+    total = 1 + x
+    rounded = total - 1
+    return x.where(rounded == 0, x * total.log() / rounded)

@@ -2,6 +2,7 @@
 """Scores inside the exported graph; void, dropout and ensembles."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 import math
 
 from anomaly_seg_ros.errors import UserError
@@ -12,12 +13,13 @@ from anomaly_seg_ros.networks.erfnet import ERFNet
 from anomaly_seg_ros.networks.heads import FixedDropout, MasksAsLogits, MasksHead
 from anomaly_seg_ros.networks.numerics import settle_vector_math
 from anomaly_seg_ros.networks.subpixel import classes_last
-from anomaly_seg_ros.scores import MASK_SCORES, SAMPLE_SCORES, SCORES
+from anomaly_seg_ros.scores import _entropy_of, MASK_SCORES, SAMPLE_SCORES, SCORES
 import cv2
 import numpy as np
 import onnxruntime
 import pytest
-from test_scores import mask_reference, reference, sample_reference, sure_samples, TINY
+from test_scores import (
+    margins, mask_reference, reference, sample_reference, sure_samples, TINY)
 import torch
 
 settle_vector_math()
@@ -166,6 +168,26 @@ def test_sample_scores_in_the_graph():
     sure[3] = sure[2]
     np.testing.assert_allclose(run(sure)['msp', 1.0], sample_reference('msp', sure, 1.0),
                                rtol=1e-5)
+    wins = margins()[..., :384].reshape(4, 19, 16, 24)
+    for t in (1.0, 2.5):
+        want = sample_reference('entropy', wins, t)
+        np.testing.assert_allclose(run(wins)['predictive_entropy', t], want, rtol=1e-5)
+
+
+@pytest.mark.skipif(not find_spec('openvino'), reason='needs openvino')
+def test_entropies_in_the_graph_on_openvino():
+    """Its divisions and logarithms are its own."""
+    import openvino
+
+    class Entropies(torch.nn.Module):
+        def forward(self, image):
+            return SAMPLE_SCORES['entropy'](image), _entropy_of(image[:1].softmax(dim=1))
+    logits = margins()
+    model = openvino.Core().read_model(to_onnx(Entropies().eval(), logits))
+    compiled = openvino.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    answers = compiled(logits.numpy())
+    np.testing.assert_allclose(answers[0], sample_reference('entropy', logits, 1.0), rtol=1e-5)
+    np.testing.assert_allclose(answers[1], reference('entropy', logits[:1], 1.0), rtol=1e-5)
 
 
 @pytest.fixture(scope='module')
