@@ -418,6 +418,19 @@ def test_members_that_claim_nothing_keep_their_opinion():
                                rtol=1e-5, atol=1e-7)
 
 
+def test_the_card_of_an_ensemble_speaks_of_all_members():
+    """Every licence counts, once; void is one channel only where it is the same of all."""
+    from anomaly_seg_ros.networks import _ensemble
+
+    members = [replace(constant_network(void_index=19), licence=licence)
+               for licence in ('see A', 'see B', 'see A')]
+    joined = _ensemble(members)
+    assert (joined.licence, joined.void_index) == ('see A + see B', 19)
+    for void_index in (None, 0):
+        members[1] = replace(members[1], void_index=void_index)
+        assert _ensemble(members).void_index is None
+
+
 def test_ensembles_of_different_kinds_are_refused():
     from anomaly_seg_ros.networks import _ensemble
     with pytest.raises(UserError, match='its mean are not those of'):
