@@ -7,11 +7,10 @@ with it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 import multiprocessing
 from pathlib import Path
-import resource
 import time
 from typing import Any
 
@@ -76,7 +75,8 @@ class Measurement:
     frames_per_second
         One frame after the other.
     memory_mib, growth_mib
-        Peak resident memory of the process, and its growth while frames were measured.
+        Peak resident memory of the process itself, without its caller's, and by how much that
+        grew while frames were measured.
 
     """
 
@@ -90,10 +90,6 @@ class Measurement:
     frames_per_second: float = 0.0
     memory_mib: float = 0.0
     growth_mib: float = 0.0
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
 
 
 def bench(model: Path | str, *, names: Sequence[str] | None = None, frames: int = 100,
@@ -175,7 +171,7 @@ def measure(name: str, model: Path, backend: str, options: Mapping[str, Any],
         with open_backend(model_file, backend, **options) as device:
             pipeline = Pipeline(device)
             pipeline.warm_up(images[0].shape[:2], runs=max(1, warm_up))
-            before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before_mib = _peak_mib()
             for index in range(frames):
                 started = time.perf_counter()
                 detection = pipeline(images[index % len(images)])
@@ -185,12 +181,12 @@ def measure(name: str, model: Path, backend: str, options: Mapping[str, Any],
             runs_on = dict(device.describe())
     except UserError as error:
         return Measurement(name, str(error))
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mib = _peak_mib()
     height, width = images[0].shape[:2]
     return Measurement(
         name, None, runs_on, frames, (height, width), Distribution.of(total_ms),
         {stage: Distribution.of(values) for stage, values in stages_ms.items()},
-        1e3 * frames / sum(total_ms), peak_kib / 1024, (peak_kib - before_kib) / 1024)
+        1e3 * frames / sum(total_ms), peak_mib, peak_mib - before_mib)
 
 
 def table(results: Sequence[Measurement]) -> list[list[str]]:
@@ -207,6 +203,13 @@ def table(results: Sequence[Measurement]) -> list[list[str]]:
             *(f'{result.stages_ms[stage].p50:.1f}' for stage in STAGES),
             f'{result.memory_mib:.0f}'])
     return rows
+
+
+def _peak_mib() -> float:
+    """Return the peak resident memory of this process in MiB."""
+    # Not getrusage's ru_maxrss: on Linux that of a new process begins at its parent's.
+    status = Path('/proc/self/status').read_bytes()
+    return int(status.partition(b'VmHWM:')[2].split()[0]) / 1024
 
 
 def _in_own_process(name: str, *arguments: Any) -> Measurement:

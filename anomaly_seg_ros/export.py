@@ -18,7 +18,7 @@ from anomaly_seg_ros.graph_variants import check_half
 from anomaly_seg_ros.model_card import LARGEST_SIDE, RESIZES
 from anomaly_seg_ros.model_file import ModelCard, ModelFile, seal_model
 from anomaly_seg_ros.networks import load_network, LoadedNetwork
-from anomaly_seg_ros.parity import compare, Difference, LIMITS
+from anomaly_seg_ros.parity import compare, Difference, LIMITS, Limits
 from anomaly_seg_ros.pipeline import resize_output
 from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 OPSET = 20
 MAX_CHECK_FRAMES = 20
+MAX_CALIBRATION_FRAMES = 64  # for int8
 # PyTorch's float16 takes up to a minute a frame on processors without such arithmetic; when this
 # time is over, the frames so far must do. The card says how many they were.
 HALF_SECONDS = 180.0
@@ -104,9 +105,9 @@ def export_model(request: ExportRequest, output: Path | str,
     output
         The ``.onnx`` file to write; written only after the parity check has passed.
     frames
-        Images uint8 (H, W, 3), RGB, of which the first 20 serve to compare the file with PyTorch
-        and to take a provisional threshold; default: frames of the synthetic world. ``int8`` is
-        calibrated on them, and needs real ones.
+        Images uint8 (H, W, 3), RGB. 20 of them at most serve to compare the file with PyTorch and
+        to take a provisional threshold, 64 to calibrate ``int8``, which needs real ones: see
+        ``some_frames``. Default: frames of the synthetic world.
     gate
         For ``int8``: a data set whose metrics may fall by ``request.maximum_drop`` at the most.
 
@@ -123,10 +124,12 @@ def export_model(request: ExportRequest, output: Path | str,
     _check_request(request, frames, gate)
     network = load_network(request.network, request.weights, request.input_size_hw)
     check_size(request.input_size_hw, network)
-    frames = list(islice(check_frames() if frames is None else frames, 64))
+    frames = some_frames(check_frames() if frames is None else frames,
+                         MAX_CALIBRATION_FRAMES if request.precision == 'int8'
+                         else MAX_CHECK_FRAMES)
     if not frames:
         raise UserError('no frames to check the export on; give at least one image')
-    images = frames[:MAX_CHECK_FRAMES]
+    images = some_frames(frames, MAX_CHECK_FRAMES)
     if request.input_variant == 'device' and request.frame_size_hw is not None:
         images = [_resize(image, request.frame_size_hw) for image in images]
     host_card = _draft_card(replace(request, input_variant='host', precision='fp32'), network)
@@ -154,7 +157,9 @@ def export_model(request: ExportRequest, output: Path | str,
         float_graph = graph
         graph, parity['int8'] = quantize(graph, card, frames, request.int8_for)
         parity['drop'] = check_drop(float_graph, graph, card, gate or (), request.maximum_drop)
-    difference = check_graph(graph, card, inputs, reference)
+    # int8 has no limits: what counts is the drop of the metrics, which is within its own.
+    difference = check_graph(graph, card, inputs, reference, LIMITS.get(card.precision),
+                             'float32 PyTorch')
     card = replace(card, parity={**parity, 'backend': 'onnxruntime cpu', **difference.as_card()})
     atomic_write_bytes(output, seal_model(graph, card))
     logging.getLogger(__name__).info('exported in %.1f s', time.perf_counter() - started)
@@ -183,14 +188,26 @@ def to_onnx(module: 'nn.Module', example: 'Tensor') -> bytes:
 
 
 def check_graph(graph: bytes, card: ModelCard, inputs: Sequence[np.ndarray],
-                reference: Sequence[NetworkOutput]) -> Difference:
+                reference: Sequence[NetworkOutput], limits: Limits | None,
+                reference_name: str) -> Difference:
     """
     Run a graph on ONNX Runtime and return how far it is from the reference.
+
+    Parameters
+    ----------
+    graph, card
+        What to check.
+    inputs, reference
+        Network inputs, and what the reference answers to them.
+    limits
+        How far it may be; None where something else decides.
+    reference_name
+        What the reference is, for the error.
 
     Raises
     ------
     UserError
-        If it is further than the precision's limits, or a score is not finite.
+        If it is further than the limits, or a score is not finite.
 
     """
     from anomaly_seg_ros.backends import open_backend
@@ -198,8 +215,8 @@ def check_graph(graph: bytes, card: ModelCard, inputs: Sequence[np.ndarray],
     model = ModelFile(Path('exported graph'), '', card, seal_model(graph, card))
     with open_backend(model, 'cpu') as backend:
         difference = compare((backend.run(x) for x in inputs), reference)
-    if card.precision in LIMITS:
-        difference.check(LIMITS[card.precision], 'the exported graph', 'float32 PyTorch')
+    if limits is not None:
+        difference.check(limits, 'the exported graph', reference_name)
     return difference
 
 
@@ -213,6 +230,22 @@ def check_frames(count: int = 4, size_hw: tuple[int, int] = (720, 1280)) -> Iter
     noise = np.random.default_rng(11).integers(0, 256, (size_hw[0] // 8, size_hw[1] // 8, 3),
                                                dtype=np.uint8)
     yield cv2.resize(noise, size_hw[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def some_frames(frames: Iterable[np.ndarray], most: int) -> list[np.ndarray]:
+    """
+    Return ``most`` frames at the most: of a sequence evenly spread ones, else the first.
+
+    Neighbours in a drive look alike. An iterator does not tell how long it is.
+    """
+    if not isinstance(frames, Sequence):
+        return list(islice(frames, most))
+    return [frames[index] for index in spread(len(frames), most)]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return ``most`` of the indices below ``count`` at the most, evenly from first to last."""
+    return [int(v) for v in np.linspace(0, count - 1, min(most, count)).round()]
 
 
 def check_size(size_hw: tuple[int, int], network: LoadedNetwork) -> None:

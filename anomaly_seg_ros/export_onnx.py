@@ -8,7 +8,7 @@ graph stays as it is. Its score is compared with the formula in float64 before a
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 import time
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 from anomaly_seg_ros import __version__
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES
 from anomaly_seg_ros.errors import UserError
-from anomaly_seg_ros.export import check_frames, check_graph, MAX_CHECK_FRAMES, threshold_and_range
+from anomaly_seg_ros.export import (
+    check_frames, check_graph, MAX_CHECK_FRAMES, some_frames, threshold_and_range)
 from anomaly_seg_ros.files import atomic_write_bytes, sha256_file
 from anomaly_seg_ros.model_file import ModelCard, seal_model
 from anomaly_seg_ros.networks.class_sets import class_palette, drivable_classes
+from anomaly_seg_ros.parity import LIMITS
 from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
 import numpy as np
@@ -29,6 +31,7 @@ SCORES = ('energy', 'entropy', 'max_logit', 'msp')
 # With those called QLinear..., operators that compute in integers.
 INTEGER_OPERATORS = ('QuantizeLinear', 'DynamicQuantizeLinear', 'ConvInteger', 'MatMulInteger',
                      'QGemm')
+_REFERENCE = 'the given graph, score in float64'
 _AXES_AS_INPUT = 18  # ReduceMax takes its axes as an input from this opset on
 
 
@@ -100,14 +103,14 @@ def export_onnx(request: OnnxExportRequest, output: Path | str,
     output
         The ``.onnx`` to write; written only after the comparison has passed.
     frames
-        Images uint8 (H, W, 3), RGB, of which the first 20 are compared; default: frames of the
-        synthetic world.
+        Images uint8 (H, W, 3), RGB, of which 20 are compared, see ``some_frames``; default: frames
+        of the synthetic world.
 
     Raises
     ------
     UserError
         If the graph cannot be read or is not as the request says, or the fused score differs from
-        the formula in float64 by more than the limits of float32.
+        the formula in float64 by more than the limits: those of float32 for int8 graphs too.
 
     """
     import onnx
@@ -122,7 +125,7 @@ def export_onnx(request: OnnxExportRequest, output: Path | str,
     size_hw = _fix_input(model, request)
     logits = _choose_logits(model, request, renamed)
     card = _draft_card(request, model, size_hw)
-    images = list(islice(check_frames() if frames is None else frames, MAX_CHECK_FRAMES))
+    images = some_frames(check_frames() if frames is None else frames, MAX_CHECK_FRAMES)
     if not images:
         raise UserError('no frames to check the export on; give at least one image')
     inputs = [Preprocessor(card)(image).copy() for image in images]
@@ -137,9 +140,12 @@ def export_onnx(request: OnnxExportRequest, output: Path | str,
     except (onnx.checker.ValidationError, ValueError) as error:
         raise UserError(f'{request.weights}: the graph with its head is not valid ONNX: '
                         f'{" ".join(str(error).split())[:400]}. No file was written.') from error
-    difference = check_graph(graph, card, inputs, reference)
-    card = replace(card, parity={'reference': 'the given graph, score in float64',
-                                 'backend': 'onnxruntime cpu', **difference.as_card()})
+    # An int8 graph computes its logits here and in the reference in the same integers; only what
+    # comes behind them differs, and that is float32.
+    limits = LIMITS.get(card.precision, LIMITS['fp32'])
+    difference = check_graph(graph, card, inputs, reference, limits, _REFERENCE)
+    card = replace(card, parity={'reference': _REFERENCE, 'backend': 'onnxruntime cpu',
+                                 **difference.as_card()})
     atomic_write_bytes(output, seal_model(graph, card))
     return card
 
@@ -327,6 +333,7 @@ def _digest(path: Path) -> str:
 def _run_logits(model: Any, logits: str, inputs: Sequence[np.ndarray],
                 request: OnnxExportRequest, size_hw: tuple[int, int]) -> list[np.ndarray]:
     """Run the graph as it was given, up to the logits, and return them (C, h, w) without void."""
+    from anomaly_seg_ros.backends.onnxruntime import use_exact_int8
     import onnx
     import onnxruntime
 
@@ -336,6 +343,7 @@ def _run_logits(model: Any, logits: str, inputs: Sequence[np.ndarray],
     bare.graph.output.append(onnx.helper.make_empty_tensor_value_info(logits))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    use_exact_int8(options)
     try:
         session = onnxruntime.InferenceSession(bare.SerializeToString(), options,
                                                providers=['CPUExecutionProvider'])

@@ -10,6 +10,7 @@ was had, and how it was verified, is kept in ``fetched.json`` beside the files.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from email.message import Message
 import hashlib
 from http.client import HTTPException
 import json
@@ -201,13 +202,14 @@ def _download(file: CatalogueFile, folder: Path, entry: CatalogueEntry,
         except (error.URLError, OSError, HTTPException, ValueError) as cause:
             raise UserError(f'{url}: cannot be reached ({getattr(cause, "reason", cause)}). '
                             + _by_hand(entry, folder)) from cause
-        headers = {**redirects.headers, **{k.lower(): v for k, v in response.headers.items()}}
         with response, atomic_write(folder / name) as temporary:
-            length = headers.get('content-length')
+            # Of a redirect's headers only the digest is the file's; its length is its own.
+            length = response.headers.get('Content-Length')
             digest = _receive(response, length, temporary, name, url, progress)
             expected, verified = file.sha256, 'the catalogue'
             if expected is None:
-                expected, verified = _stated_sha256(redirects.headers, headers), 'the server'
+                expected = _stated_sha256(*redirects.headers, response.headers)
+                verified = 'the server'
             if expected is not None and digest != expected:
                 raise UserError(
                     f'{url}: not the file expected: its SHA-256 is {digest}, by {verified} it '
@@ -248,20 +250,19 @@ class _Redirects(request.HTTPRedirectHandler):
     """Follow redirects and keep their headers: Hugging Face states the digest in the first."""
 
     def __init__(self) -> None:
-        self.headers: dict[str, str] = {}
+        self.headers: list[Message] = []
 
     def redirect_request(self, req: request.Request, fp: Any, code: int, msg: str, headers: Any,
                          newurl: str) -> request.Request | None:
         """Note the headers, then do as usual."""
-        for key, value in headers.items():
-            self.headers.setdefault(key.lower(), value)
+        self.headers.append(headers)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _stated_sha256(*sources: dict[str, str]) -> str | None:
+def _stated_sha256(*sources: Message) -> str | None:
     # Not the plain ETag: GitHub's has 64 digits too, and is no digest of the content.
     for headers in sources:
-        value = headers.get('x-linked-etag', '').removeprefix('W/').strip('"').lower()
+        value = headers.get('X-Linked-Etag', '').removeprefix('W/').strip('"').lower()
         if _SHA256.fullmatch(value):
             return value
     return None

@@ -51,8 +51,8 @@ def fuse(network: LoadedNetwork, score: str, temperature: float, passes: int = P
                         f'{_what_it_gives(network)}; choose one of {", ".join(applicable)}')
     if network.outputs == 'masks':
         return heads.MasksHead(
-            network.module, partial(score_function(score, 'masks'), temperature=temperature),
-            network.upsample, network.mask_size_hw).eval()
+            network.module, score_function(score, 'masks'), network.upsample,
+            network.mask_size_hw, temperature).eval()
     body, outputs = network.module, network.outputs
     if outputs == 'logits' and score in MONTE_CARLO_SCORES:
         body, outputs = heads.monte_carlo(body, _image_shape(network), passes, seed), 'samples'

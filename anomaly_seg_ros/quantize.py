@@ -93,7 +93,8 @@ def quantize(graph: bytes, card: ModelCard, frames: Sequence[np.ndarray],
                         'moving the score too far; use fp16 or fp32. No file was written.')
     logging.getLogger(__name__).info('int8: %d of %d parts stay in float', len(in_float),
                                      len(parts))
-    return build(names), {'target': target, 'parts': len(parts), 'parts_in_float': in_float}
+    return build(names), {'target': target, 'calibration_frames': len(frames),
+                          'parts': len(parts), 'parts_in_float': in_float}
 
 
 def _prepared(graph: bytes, path: Path, target: str) -> Any:
@@ -240,8 +241,8 @@ def check_drop(reference: bytes, graph: bytes, card: ModelCard, dataset: 'Sequen
     if any(value > maximum_drop for value in drop.values()):
         figures = ', '.join(f'{name} {before[name]:.4f} -> {after[name]:.4f}' for name in before)
         raise UserError(f'int8 costs too much: {figures} (at most {maximum_drop:g} is allowed). '
-                        'Calibrate on more and more varied frames, raise --maximum-drop, or use '
-                        'fp16. No file was written.')
+                        'Calibrate on more varied frames (of a folder 64 are taken, evenly '
+                        'spread), raise --maximum-drop, or use fp16. No file was written.')
     return {'dataset': getattr(dataset, 'name', ''), 'frames': len(dataset), 'float32': before,
             'int8': after, 'maximum_drop': maximum_drop}
 

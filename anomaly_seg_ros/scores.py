@@ -16,10 +16,13 @@ first, and returns float32 (N, H, W), or (P,); N is 1 for samples. Half-precisio
 computed on in float32. Nothing is exponentiated but values <= 0, and no probability close to 1 is
 subtracted from 1, so that saturated pixels keep their digits and their order.
 
+Those of masks take ``size_hw`` too: the sums over the queries (S and its like) are interpolated to
+this size before the score is taken; None leaves them at the masks' size.
+
 f stands for logits / temperature, p for softmax(f) over the classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import TYPE_CHECKING
 
@@ -55,12 +58,7 @@ def entropy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     ``p * log p`` is NaN where p underflows.
     """
     shifted, weights, rest = _exponentials(logits, temperature)
-    total = 1 + rest
-    # ln(1 + rest): ln of the sum would lose the digits of a small rest, ONNX has no log1p, and
-    # ONNX Runtime no artanh on GPUs. So Kahan's, in which the sum's rounding cancels out.
-    rounded = total - 1
-    logarithm = rest.where(rounded == 0, rest * total.log() / rounded)
-    return logarithm - (weights * shifted).sum(dim=1) / total
+    return _log1p(rest) - (weights * shifted).sum(dim=1) / (1 + rest)
 
 
 def energy(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
@@ -83,8 +81,8 @@ def void(logits: 'Tensor', temperature: float = 1.0, *, channel: int) -> 'Tensor
     return weights[:, channel] / weights.sum(dim=1)
 
 
-def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor',
-                 temperature: float = 1.0) -> 'Tensor':
+def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                 size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Per-pixel class scores of a mask network: S (N, C, H, W), each >= 0, not normalised over C.
 
@@ -92,68 +90,71 @@ def class_scores(class_logits: 'Tensor', mask_logits: 'Tensor',
     Masked-attention Mask Transformer for Universal Image Segmentation, CVPR 2022 (semantic
     inference). The label of a pixel is the class of largest S.
     """
-    return _mix(_scale(class_logits, temperature).softmax(dim=-1)[..., :-1], mask_logits)
+    return _mix(_scale(class_logits, temperature).softmax(dim=-1)[..., :-1], mask_logits,
+                size_hw)
 
 
-def mask_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
+def mask_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+             size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Maximum class score: ``1 - max_c S_c``, at most 1, negative where masks overlap.
 
     The form used for mask networks by Nayal et al. (RbA, ICCV 2023) and Rai et al.
     (Mask2Anomaly, ICCV 2023).
     """
-    return 1 - class_scores(class_logits, mask_logits, temperature).amax(dim=1)
+    return 1 - class_scores(class_logits, mask_logits, temperature, size_hw).amax(dim=1)
 
 
-def mask_max_logit(class_logits: 'Tensor', mask_logits: 'Tensor',
-                   temperature: float = 1.0) -> 'Tensor':
+def mask_max_logit(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                   size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Maximum mask-weighted class logit: ``-max_c sum_q (cls_qc / T) sigmoid(m_q)``, unbounded.
 
     "No object" is dropped. The form of the PoliTo study of ERFNet and EoMT.
     """
-    return -_mix(_scale(class_logits, temperature)[..., :-1], mask_logits).amax(dim=1)
+    return -_mix(_scale(class_logits, temperature)[..., :-1], mask_logits, size_hw).amax(dim=1)
 
 
-def mask_entropy(class_logits: 'Tensor', mask_logits: 'Tensor',
-                 temperature: float = 1.0) -> 'Tensor':
+def mask_entropy(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                 size_hw: Sequence[int] | None = None) -> 'Tensor':
     """Entropy in nats of S normalised over the classes: ``H[S_c / sum_k S_k]``, in [0, ln C]."""
-    return _entropy_of(_normalised(class_scores(class_logits, mask_logits, temperature)))
+    return _entropy_of(class_scores(class_logits, mask_logits, temperature, size_hw))
 
 
-def mask_energy(class_logits: 'Tensor', mask_logits: 'Tensor',
-                temperature: float = 1.0) -> 'Tensor':
+def mask_energy(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+                size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Free energy of the class scores: ``-logsumexp_c S_c``, at most -ln C.
 
     S in the place of logits, as Nayal et al. evaluate energy on Mask2Former.
     """
-    return -_logsumexp(class_scores(class_logits, mask_logits, temperature), 1.0)
+    return -_logsumexp(class_scores(class_logits, mask_logits, temperature, size_hw), 1.0)
 
 
-def rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
+def rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+        size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Rejected by all: ``-sum_c tanh(S_c)``, in (-C, 0].
 
     Nayal et al., RbA: Segmenting Unknown Regions Rejected by All, ICCV 2023, equation 5.
     """
-    return -class_scores(class_logits, mask_logits, temperature).tanh().sum(dim=1)
+    return -class_scores(class_logits, mask_logits, temperature, size_hw).tanh().sum(dim=1)
 
 
-def polito_msp(class_logits: 'Tensor', mask_logits: 'Tensor',
-               temperature: float = 1.0) -> 'Tensor':
+def polito_msp(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+               size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     MSP as the PoliTo study's script has it: ``1 - max_{c < C-1} S_c / sum_k S_k``, in [0, 1].
 
     S is normalised over all C >= 2 classes, then the last real class is dropped as if it were
     "no object". For comparison with that study only.
     """
-    scores = _normalised(class_scores(class_logits, mask_logits, temperature))
+    scores = _normalised(class_scores(class_logits, mask_logits, temperature, size_hw))
     return 1 - scores[:, :-1].amax(dim=1)
 
 
-def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor',
-               temperature: float = 1.0) -> 'Tensor':
+def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor', temperature: float = 1.0,
+               size_hw: Sequence[int] | None = None) -> 'Tensor':
     """
     Uncertainty of the queries, averaged over their masks, in [0, 1]: the PoliTo study's "RbA".
 
@@ -162,8 +163,9 @@ def polito_rba(class_logits: 'Tensor', mask_logits: 'Tensor',
     """
     certainty = _scale(class_logits, temperature).softmax(dim=-1)[..., :-1].amax(dim=-1)
     masks = _memberships(mask_logits)
-    weighted = ((1 - certainty)[..., None, None] * masks).sum(dim=1)
-    return weighted / masks.sum(dim=1).clamp_min(_TINY)
+    weighted = ((1 - certainty)[..., None, None] * masks).sum(dim=1, keepdim=True)
+    total = masks.sum(dim=1, keepdim=True)
+    return (resize(weighted, size_hw) / resize(total, size_hw).clamp_min(_TINY))[:, 0]
 
 
 def mean_msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
@@ -173,12 +175,8 @@ def mean_msp(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
     Lakshminarayanan et al., Simple and Scalable Predictive Uncertainty Estimation using Deep
     Ensembles, NeurIPS 2017.
     """
-    # The sum of the others: 1 - max would lose every digit where the samples are sure.
-    posterior = mean_posterior(logits, temperature)
-    largest = posterior.amax(dim=1, keepdim=True)
-    below = ((largest - posterior) * 1e38).clamp(max=1)  # 0 at a maximum and 1 elsewhere
-    equals = posterior.shape[1] - 1 - below.sum(dim=1)  # further classes that share it
-    return (posterior * below).sum(dim=1) + equals * largest[:, 0]
+    _, rest = _ratios(mean_posterior(logits, temperature))
+    return rest / (1 + rest)
 
 
 def mean_max_logit(logits: 'Tensor', temperature: float = 1.0) -> 'Tensor':
@@ -290,6 +288,15 @@ def score_function(name: str, outputs: str | None = None) -> Callable[..., 'Tens
     return TABLES[outputs][name]
 
 
+def resize(x: 'Tensor', size_hw: Sequence[int] | None) -> 'Tensor':
+    """Resize (N, C, h, w) bilinearly with half-pixel centres; None leaves the size as it is."""
+    from torch.nn.functional import interpolate
+
+    if size_hw is None or tuple(x.shape[-2:]) == tuple(size_hw):
+        return x
+    return interpolate(x, size=tuple(size_hw), mode='bilinear', align_corners=False)
+
+
 def _scale(values: 'Tensor', temperature: float) -> 'Tensor':
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f'temperature must be a positive number, got {temperature}')
@@ -314,9 +321,7 @@ def _exponentials(logits: 'Tensor', temperature: float) -> 'tuple[Tensor, Tensor
     weights = shifted.exp()
     # 0 at a maximum and 1 elsewhere; half the time of a comparison and a where.
     below = (shifted * -1e38).clamp(max=1)
-    rest = (weights * below).sum(dim=1)
-    equals = (weights.sum(dim=1) - 1 - rest).round()  # further classes that share the maximum
-    return shifted, weights, rest + equals
+    return shifted, weights, _sum_of_others(weights, weights * below)
 
 
 def _logsumexp(logits: 'Tensor', temperature: float) -> 'Tensor':
@@ -337,16 +342,47 @@ def _memberships(mask_logits: 'Tensor') -> 'Tensor':
     return smaller.where(logits < 0, 1.0) / (1 + smaller)
 
 
-def _mix(class_values: 'Tensor', mask_logits: 'Tensor') -> 'Tensor':
-    """``sum_q class_values_qc sigmoid(m_q)``: (N, Q, C), (N, Q, H, W) -> (N, C, H, W)."""
+def _mix(class_values: 'Tensor', mask_logits: 'Tensor',
+         size_hw: Sequence[int] | None) -> 'Tensor':
+    """``sum_q class_values_qc sigmoid(m_q)``: (N, Q, C), (N, Q, h, w) -> (N, C, H, W)."""
     masks = _memberships(mask_logits)
     mixed = class_values.transpose(1, 2) @ masks.flatten(2)
-    return mixed.unflatten(2, tuple(masks.shape[2:]))
+    return resize(mixed.unflatten(2, tuple(masks.shape[2:])), size_hw)
 
 
 def _normalised(scores: 'Tensor') -> 'Tensor':
     return scores / scores.sum(dim=1, keepdim=True).clamp_min(_TINY)
 
 
-def _entropy_of(posterior: 'Tensor') -> 'Tensor':
-    return -(posterior * posterior.clamp_min(_TINY).log()).sum(dim=1)
+def _entropy_of(shares: 'Tensor') -> 'Tensor':
+    """``-sum_c p_c ln p_c`` of p = shares / their sum."""
+    # As in ``entropy``, for near 1 the logarithm of a rounded p would have no digits.
+    others, rest = _ratios(shares)
+    return _log1p(rest) - (others * others.clamp_min(_TINY).log()).sum(dim=1) / (1 + rest)
+
+
+def _ratios(shares: 'Tensor') -> 'tuple[Tensor, Tensor]':
+    """Return shares / max shares with 0 at a maximum, and the sum of all ratios but for one 1."""
+    largest = shares.amax(dim=1, keepdim=True)
+    ratios = shares / largest.clamp_min(_TINY)
+    # By the shares themselves: OpenVINO's ratio of a number to itself is not always 1.
+    others = ratios.where(shares < largest, 0.0)
+    return others, _sum_of_others(ratios, others).clamp_min(0)  # -1 where all shares are 0
+
+
+def _sum_of_others(weights: 'Tensor', others: 'Tensor') -> 'Tensor':
+    """Return the sum of weights <= 1 but for one that is 1; ``others`` has 0 for these."""
+    rest = others.sum(dim=1)
+    return rest + (weights.sum(dim=1) - 1 - rest).round()  # further classes that share it
+
+
+def _log1p(x: 'Tensor') -> 'Tensor':
+    """
+    ``ln(1 + x)`` for x > -1, with all the digits of a small x.
+
+    ONNX has no log1p, and ONNX Runtime no artanh on GPUs. So Kahan's, in which the rounding of the
+    sum cancels out.
+    """
+    total = 1 + x
+    rounded = total - 1
+    return x.where(rounded == 0, x * total.log() / rounded)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark measures what it says, in processes of their own."""
 
+from dataclasses import asdict
 import json
 from pathlib import Path
 import time
@@ -47,9 +48,22 @@ def test_available_backends_are_measured_and_the_others_explained(tmp_path: Path
     if cuda.reason is not None:
         assert 'CUDA' in cuda.reason
         assert table(results)[2] == ['cuda', f'not measured: {cuda.reason}']
-    again = json.loads(json.dumps([result.as_json() for result in results]))
+    again = json.loads(json.dumps([asdict(result) for result in results]))
     assert again[0]['stages_ms']['network']['p50'] == cpu.stages_ms['network'].p50
     assert table(results)[1][2] == f'{cpu.end_to_end_ms.p50:.1f}'
+
+
+def test_the_memory_is_not_that_of_the_caller(tmp_path: Path) -> None:
+    """500 MiB that the caller holds are neither in a row's peak nor hide its growth."""
+    path = identity_model(tmp_path / 'm.onnx').path
+    held = np.ones(500 << 17)
+    image = np.zeros((2000, 3000, 3), np.uint8)
+    small = bench(path, names=['cpu'], frames=1, warm_up=0, frame_size_hw=(48, 80), threads=1)[0]
+    assert held.nbytes == 500 << 20
+    assert small.memory_mib < 400
+    growing = module._in_own_process('x', path, 'cpu', {'threads': 1},
+                                     [image[:48, :80].copy(), image], 2, 1)
+    assert 30 < growing.growth_mib < 400
 
 
 def test_warm_up_is_not_counted_and_stages_are_told_apart(

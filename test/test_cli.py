@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line as a user meets it: real processes, exit codes, messages."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 import hashlib
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+from anomaly_seg_ros import export
 from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.datasets import DATASETS, open_dataset
 from anomaly_seg_ros.engine import EngineKey, record_path
@@ -144,6 +146,27 @@ def test_long_paths_stay_on_one_line(tiny_model: Path, small_benchmark: Path,
         result = run(*arguments, '--output', output)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(f'{output}: '), result.stdout
+
+
+@pytest.mark.parametrize(('precision', 'most'), [('fp32', 20), ('int8', 64)])
+def test_a_folder_of_frames_is_spread_over(precision: str, most: int, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every export sees its first and its last image, and reads only those that it uses."""
+    for index in range(127):
+        cv2.imwrite(str(tmp_path / f'{index}.png'), np.full((2, 2, 3), index, np.uint8))
+    seen: list[int] = []
+
+    def export_model(request: object, output: Path, frames: Iterable[np.ndarray],
+                     gate: object) -> None:
+        seen.extend(int(frame[0, 0, 0]) for frame in frames)
+        raise UserError('enough')
+    monkeypatch.setattr(export, 'export_model', export_model)
+    result = CliRunner().invoke(cli, [
+        'export', 'erfnet', '--weights', 'w', '--output', 'o', '--frames', str(tmp_path),
+        '--precision', precision])
+    assert result.exit_code == 1
+    assert seen == export.spread(127, most)
+    assert seen[-1] == 126
 
 
 def test_exit_codes_of_the_process() -> None:

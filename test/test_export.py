@@ -195,6 +195,7 @@ def test_int8_is_gated_by_the_metrics(
     gate = labelled_frames()
     card = export_model(request(small_weights, precision='int8', maximum_drop=0.2),
                         tmp_path / 'm.onnx', frames(), gate)
+    assert card.parity['int8']['calibration_frames'] == 2
     drop = card.parity['drop']
     assert drop['float32'] == pytest.approx({'average_precision': 1.0, 'miou': 1.0}, abs=0.05)
     assert all(drop['int8'][name] > drop['float32'][name] - 0.2 for name in drop['float32'])
@@ -206,6 +207,36 @@ def test_int8_is_gated_by_the_metrics(
         export_model(request(small_weights, precision='int8', maximum_drop=1e-6),
                      tmp_path / 'n.onnx', frames(), gate)
     assert not (tmp_path / 'n.onnx').exists()
+
+
+def test_int8_is_calibrated_on_frames_from_the_whole_sequence(
+        small_model: Path, small_weights: Path, tmp_path: Path,  # noqa: F811
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 64, from the first to the last, and checked on 20 of these; of an iterator the first."""
+    reuse_graph(small_model, monkeypatch)
+    used: list[list[int]] = []
+
+    def quantize(graph: bytes, card: Any, frames: list[np.ndarray], target: str) -> Any:
+        used.append([int(frame[0, 0, 0]) for frame in frames])
+        return graph, {}
+    monkeypatch.setattr(export, 'quantize', quantize)
+    drive = [np.full((32, 64, 3), value, np.uint8) for value in range(190)]
+    int8 = request(small_weights, precision='int8', maximum_drop=1.0)
+    for given in (drive, iter(drive)):
+        card = export_model(int8, tmp_path / 'm.onnx', given, labelled_frames())
+        assert card.parity['frames'] == 20
+    assert used == [list(range(0, 190, 3)), list(range(64))]
+
+
+def test_frames_are_spread_evenly() -> None:
+    """First and last are among them, steps differ by one at the most; few are all taken."""
+    assert export.spread(5, 20) == [0, 1, 2, 3, 4]
+    assert export.spread(0, 20) == []
+    for count in (21, 64, 100, 9999):
+        chosen = export.spread(count, 20)
+        steps = np.diff(chosen)
+        assert (len(chosen), chosen[0], chosen[-1]) == (20, 0, count - 1)
+        assert steps.min() >= 1 and np.ptp(steps) <= 1
 
 
 @pytest.mark.parametrize(('changes', 'message'), [

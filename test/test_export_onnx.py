@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from anomaly_seg_ros import export_onnx as module
+from anomaly_seg_ros.backends import onnxruntime as backend_module
 from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.export_onnx import (
@@ -13,6 +15,7 @@ from anomaly_seg_ros.export_onnx import (
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.model_file import load_model_file
 from anomaly_seg_ros.pipeline import Pipeline
+from anomaly_seg_ros.ports import NetworkOutput
 from anomaly_seg_ros.preprocess import Preprocessor
 import numpy as np
 import onnx
@@ -220,6 +223,64 @@ def test_half_precision_graph(tmp_path: Path) -> None:
     with open_backend(load_model_file(tmp_path / 'model.onnx'), 'cpu') as backend:
         detection = Pipeline(backend)(frames()[0])
     assert detection.anomaly.shape == (40, 60)
+
+
+def quantised_network(path: Path) -> Path:
+    """Write the network above with image, weights and logits through QuantizeLinear."""
+    def quantise(graph: Any) -> None:
+        for name, scale in (('pixels', 0.05), ('w', 0.01), ('logits', 0.1)):
+            kind, zero = (np.uint8, 128) if name != 'w' else (np.int8, 0)
+            graph.initializer.extend([
+                numpy_helper.from_array(np.array(scale, np.float32), f'{name}_scale'),
+                numpy_helper.from_array(np.array(zero, kind), f'{name}_zero')])
+        convolution, depth = graph.node
+        convolution.input[0], convolution.input[1], convolution.output[0] = 'pixels_d', 'w_d', 'c'
+        nodes = [helper.make_node(kind, [x, f'{name}_scale', f'{name}_zero'], [y])
+                 for name, first, last in (('pixels', 'pixels', 'pixels_d'), ('w', 'w', 'w_d'),
+                                           ('logits', 'c', 'logits'))
+                 for kind, x, y in (('QuantizeLinear', first, f'{name}_q'),
+                                    ('DequantizeLinear', f'{name}_q', last))]
+        ordered = [*nodes[:4], convolution, *nodes[4:], depth]
+        copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in ordered]
+        del graph.node[:]
+        graph.node.extend(copies)
+    return rewrite(network(path), quantise)
+
+
+def moved(answer: NetworkOutput) -> NetworkOutput:
+    """Return the answer with a score that is off by a thousandth of its range."""
+    return NetworkOutput(answer.labels, answer.anomaly + max(1e-3, 1e-3 * np.ptp(answer.anomaly)))
+
+
+@pytest.mark.parametrize('score', ['max_logit', 'msp', 'entropy', 'energy'])
+def test_a_quantised_graph_is_compared_too(score: str, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is within the limits of float32; a head that is not is refused, the reference named."""
+    weights = quantised_network(tmp_path / 'net.onnx')
+    card = export_onnx(request(weights, score=score), tmp_path / 'model.onnx', frames())
+    assert card.precision == 'int8'
+    assert card.parity['max_score_error'] < 1e-5
+    monkeypatch.setattr(module, 'reference_answer', lambda *x: moved(reference_answer(*x)))
+    with pytest.raises(UserError, match='exported graph does not agree with the given graph, '
+                                        r'score in float64: .*limit 1e-04'):
+        export_onnx(request(weights, score=score), tmp_path / 'other.onnx', frames())
+    assert not (tmp_path / 'other.onnx').exists()
+
+
+def test_file_and_reference_add_integers_in_one_way(tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors whose own way overflows both take the exact one."""
+    seen = []
+    add = backend_module.use_exact_int8
+
+    def note(options: Any) -> None:
+        add(options)
+        seen.append(options.get_session_config_entry('session.x64quantprecision'))
+    monkeypatch.setattr(backend_module, 'adds_int8_exactly', lambda path: False)
+    monkeypatch.setattr(backend_module, 'use_exact_int8', note)
+    export_onnx(request(quantised_network(tmp_path / 'net.onnx')), tmp_path / 'model.onnx',
+                frames())
+    assert seen == ['1', '1']
 
 
 def test_the_only_output_is_found_by_itself(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class Server:
     headers: dict[str, dict[str, str]] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     cut_at: dict[str, int] = field(default_factory=dict)
+    without_length: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
 
 
@@ -43,7 +44,7 @@ def server() -> Iterator[Server]:
             if self.path in state.redirects:
                 self.send_response(302)
                 self.send_header('Location', state.url + state.redirects[self.path])
-                content = b''
+                content = b'It is elsewhere.'
             elif content is None:
                 self.send_response(404)
                 content = b'not here'
@@ -51,7 +52,8 @@ def server() -> Iterator[Server]:
                 self.send_response(200)
             for key, value in state.headers.get(self.path, {}).items():
                 self.send_header(key, value)
-            self.send_header('Content-Length', str(len(content)))
+            if self.path not in state.without_length:
+                self.send_header('Content-Length', str(len(content)))
             self.end_headers()
             self.wfile.write(content[:state.cut_at.get(self.path)])
 
@@ -128,6 +130,18 @@ def test_a_tampered_file_is_not_kept(tmp_path: Path, server: Server) -> None:
                                         rf'catalogue it should be {DIGEST}.*not kept'):
         fetch('small', folder, catalogue(tmp_path, server))
     assert list(folder.iterdir()) == []
+
+
+def test_the_length_of_a_redirect_is_not_the_files(tmp_path: Path, server: Server) -> None:
+    """Its own text has a length; the file behind it may come without one."""
+    server.redirects['/weights.pth'] = '/raw/weights.pth'
+    server.files['/raw/weights.pth'] = WEIGHTS
+    server.without_length.add('/raw/weights.pth')
+    seen: list[tuple[str, int, int | None]] = []
+    fetch('small', tmp_path / 'models', catalogue(tmp_path, server),
+          progress=lambda *values: seen.append(values))
+    assert (tmp_path / 'models' / 'weights.pth').read_bytes() == WEIGHTS
+    assert seen[-1] == ('weights.pth', len(WEIGHTS), None)
 
 
 def test_an_etag_is_not_taken_for_a_digest(tmp_path: Path, server: Server) -> None:

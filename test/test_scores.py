@@ -30,6 +30,14 @@ def plogp(p):
     return np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0)
 
 
+def entropy_of(p):
+    """-sum p ln p; near 1, ln p of the largest class is taken from what the others leave of it."""
+    ordered = np.sort(p, axis=1)
+    others = ordered[:, :-1].sum(axis=1)
+    ln_largest = np.where(others < 0.5, np.log1p(-others), np.log(ordered[:, -1]))
+    return -plogp(ordered[:, :-1]).sum(axis=1) - ordered[:, -1] * ln_largest
+
+
 def reference(name, logits, temperature, channel=None):
     """Score by its definition, in float64; logits (N, C, H, W)."""
     f = np.asarray(logits, np.float64) / temperature
@@ -42,11 +50,7 @@ def reference(name, logits, temperature, channel=None):
         return -temperature * logsumexp(f)
     if name == 'void':
         return softmax(f)[:, channel]
-    # Entropy; near 1, ln p of the largest class is taken from what the others leave of it.
-    ordered = np.sort(softmax(f), axis=1)
-    others = ordered[:, :-1].sum(axis=1)
-    ln_largest = np.where(others < 0.5, np.log1p(-others), np.log(ordered[:, -1]))
-    return -plogp(ordered[:, :-1]).sum(axis=1) - ordered[:, -1] * ln_largest
+    return entropy_of(softmax(f))
 
 
 def check(name, values, temperature=1.0, rtol=1e-5, **parameters):
@@ -159,7 +163,7 @@ def mask_reference(name, class_logits, mask_logits, temperature):
     if name == 'max_logit':
         return -np.einsum('nqc,nqhw->nchw', a[..., :-1], sigmoid).max(axis=1)
     if name == 'entropy':
-        return -plogp(p).sum(axis=1)
+        return entropy_of(p)
     if name == 'energy':
         return -np.log(np.exp(s).sum(axis=1))
     if name == 'rba':
@@ -220,9 +224,9 @@ def sample_reference(name, logits, temperature):
         return -temperature * logsumexp(f.mean(axis=0, keepdims=True))
     if name == 'variance':
         return p.var(axis=0, keepdims=True).mean(axis=1)
-    predictive = -plogp(mean).sum(axis=1)
+    predictive = entropy_of(mean)
     if name == 'mutual_information':
-        return predictive - (-plogp(p).sum(axis=1)).mean(axis=0, keepdims=True)
+        return predictive - entropy_of(p).mean(axis=0, keepdims=True)
     return predictive
 
 
@@ -264,6 +268,36 @@ def test_sure_samples_keep_their_order():
                                rtol=1e-5, atol=TINY)
     equal = SAMPLE_SCORES['msp'](torch.zeros(2, 19, 1, 1)).item()
     assert equal == pytest.approx(1 - 1 / 19, rel=1e-6)
+
+
+def margins():
+    """Make samples in which one class wins by 0 to 40, the first pixels being ties of classes."""
+    logits = torch.randn(4, 19, 1, 401, generator=torch.Generator().manual_seed(16)) * 0.5
+    logits[:, 3] += torch.linspace(0, 40, 401)
+    logits[:, :, 0, :3] = 0.0
+    logits[:, 5:7, 0, 1] = 30.0
+    logits[:, 5:8, 0, 2] = 30.0
+    return logits
+
+
+def test_entropies_of_sure_pixels_keep_their_digits():
+    """Of samples and of masks, to 1e-5 of their value however small it is."""
+    logits = margins()
+    for temperature in TEMPERATURES:
+        want = sample_reference('entropy', logits, temperature)
+        got = SAMPLE_SCORES['predictive_entropy'](logits, temperature).double().numpy()
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        information = SAMPLE_SCORES['mutual_information'](logits, temperature).double().numpy()
+        error = np.abs(information - sample_reference('mutual_information', logits, temperature))
+        assert (error <= 1e-5 * want).all()
+    assert sample_reference('entropy', logits, 1.0).min() < 1e-14
+    # Query c says class c to the last digit, so that S is given by the masks alone.
+    classes = torch.full((1, 19, 20), -1e4)
+    classes[0].fill_diagonal_(0.0)
+    got = MASK_SCORES['entropy'](classes, logits[:1] - 20).double().numpy()
+    want = mask_reference('entropy', classes, logits[:1] - 20, 1.0)
+    assert want.min() < 1e-6
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize('temperature', [0.0, -1.0, math.nan, math.inf])

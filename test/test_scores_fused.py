@@ -2,6 +2,7 @@
 """Scores inside the exported graph; void, dropout and ensembles."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 import math
 
 from anomaly_seg_ros.errors import UserError
@@ -12,12 +13,13 @@ from anomaly_seg_ros.networks.erfnet import ERFNet
 from anomaly_seg_ros.networks.heads import FixedDropout, MasksAsLogits, MasksHead
 from anomaly_seg_ros.networks.numerics import settle_vector_math
 from anomaly_seg_ros.networks.subpixel import classes_last
-from anomaly_seg_ros.scores import MASK_SCORES, SAMPLE_SCORES, SCORES
+from anomaly_seg_ros.scores import _entropy_of, MASK_SCORES, SAMPLE_SCORES, SCORES
 import cv2
 import numpy as np
 import onnxruntime
 import pytest
-from test_scores import mask_reference, reference, sample_reference, sure_samples, TINY
+from test_scores import (
+    margins, mask_reference, reference, sample_reference, sure_samples, TINY)
 import torch
 
 settle_vector_math()
@@ -130,7 +132,7 @@ def test_pixels_that_no_mask_claims():
     classes[0].fill_diagonal_(9.0)
     image = masks.permute(0, 2, 3, 1).reshape(1, 1, -1, 19).expand(1, 3, -1, -1).contiguous()
     for name in MASK_SCORES:
-        head = MasksHead(MasksOfImage(classes), MASK_SCORES[name], False, None).eval()
+        head = MasksHead(MasksOfImage(classes), MASK_SCORES[name], False, None, 1.0).eval()
         session = onnxruntime.InferenceSession(to_onnx(head, image),
                                                providers=['CPUExecutionProvider'])
         labels, anomaly = session.run(['labels', 'anomaly'], {'image': image.numpy()})
@@ -166,6 +168,26 @@ def test_sample_scores_in_the_graph():
     sure[3] = sure[2]
     np.testing.assert_allclose(run(sure)['msp', 1.0], sample_reference('msp', sure, 1.0),
                                rtol=1e-5)
+    wins = margins()[..., :384].reshape(4, 19, 16, 24)
+    for t in (1.0, 2.5):
+        want = sample_reference('entropy', wins, t)
+        np.testing.assert_allclose(run(wins)['predictive_entropy', t], want, rtol=1e-5)
+
+
+@pytest.mark.skipif(not find_spec('openvino'), reason='needs openvino')
+def test_entropies_in_the_graph_on_openvino():
+    """Its divisions and logarithms are its own."""
+    import openvino
+
+    class Entropies(torch.nn.Module):
+        def forward(self, image):
+            return SAMPLE_SCORES['entropy'](image), _entropy_of(image[:1].softmax(dim=1))
+    logits = margins()
+    model = openvino.Core().read_model(to_onnx(Entropies().eval(), logits))
+    compiled = openvino.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    answers = compiled(logits.numpy())
+    np.testing.assert_allclose(answers[0], sample_reference('entropy', logits, 1.0), rtol=1e-5)
+    np.testing.assert_allclose(answers[1], reference('entropy', logits[:1], 1.0), rtol=1e-5)
 
 
 @pytest.fixture(scope='module')
@@ -332,21 +354,38 @@ class FixedMasks(torch.nn.Module):
 
 
 @pytest.mark.parametrize('mask_size_hw', [None, (24, 24)])
-def test_masks_are_resized_before_and_after(mask_size_hw, image):
+@pytest.mark.parametrize('temperature', [1.0, 2.5])
+def test_label_and_score_are_of_the_same_class_scores(mask_size_hw, temperature, image):
+    """Masks are resized first, then S, of the same temperature, and then both are taken."""
     generator = torch.Generator().manual_seed(12)
     classes = torch.randn(1, 9, 20, generator=generator) * 3
     masks = torch.randn(1, 9, 16, 24, generator=generator) * 3
     network = replace(constant_network(outputs='masks', upsample=True, mask_size_hw=mask_size_hw),
                       module=FixedMasks(classes, masks))
-    labels, anomaly = fuse(network, 'rba', 1.0)(image)
-    resized = torch.nn.functional.interpolate(masks, mask_size_hw or (64, 96), mode='bilinear')
-    s = torch.einsum('nqc,nqhw->nchw', classes.softmax(-1)[..., :-1], resized.sigmoid())
-    want = torch.nn.functional.interpolate(s, (64, 96), mode='bilinear').argmax(dim=1)
-    assert (labels == want).float().mean() > 0.999
-    rba = -s.tanh().sum(dim=1, keepdim=True)
-    torch.testing.assert_close(
-        anomaly[:, None], torch.nn.functional.interpolate(rba, (64, 96), mode='bilinear'),
-        rtol=1e-5, atol=1e-5)
+
+    def interpolate(x, size_hw):
+        return torch.nn.functional.interpolate(x, size_hw, mode='bilinear')
+    shares = interpolate(interpolate(masks.double(), mask_size_hw or (64, 96)).sigmoid(), (64, 96))
+    s = torch.einsum('nqc,nqhw->nchw', (classes.double() / temperature).softmax(-1)[..., :-1],
+                     shares)
+    for name in MASK_SCORES:
+        labels, anomaly = fuse(network, name, temperature)(image)
+        assert (labels == s.argmax(dim=1)).float().mean() > 0.999
+        # S is linear in the masks' shares of the pixels: interpolating these is the same.
+        want = mask_reference(name, classes, shares.logit(), temperature)
+        np.testing.assert_allclose(anomaly, want, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_an_ensemble_takes_interpolated_class_scores(image):
+    """As one mask network does: the logarithm comes behind."""
+    generator = torch.Generator().manual_seed(12)
+    body = FixedMasks(torch.randn(1, 9, 20, generator=generator) * 3,
+                      torch.randn(1, 9, 16, 24, generator=generator) * 3)
+    masks = torch.nn.functional.interpolate(body.masks.double(), (24, 24), mode='bilinear')
+    shares = torch.nn.functional.interpolate(masks.sigmoid(), (64, 96), mode='bilinear')
+    s = torch.einsum('nqc,nqhw->nchw', body.classes.double().softmax(-1)[..., :-1], shares)
+    torch.testing.assert_close(MasksAsLogits(body, (24, 24))(image).double(), s.log(),
+                               rtol=1e-5, atol=1e-5)
 
 
 def test_ensemble_of_mask_networks(image):
@@ -377,6 +416,19 @@ def test_members_that_claim_nothing_keep_their_opinion():
     want = classes.double().softmax(dim=-1)[..., :-1].sum(dim=1)
     torch.testing.assert_close(logits.softmax(dim=1)[..., 0, 0].double(), want / want.sum(),
                                rtol=1e-5, atol=1e-7)
+
+
+def test_the_card_of_an_ensemble_speaks_of_all_members():
+    """Every licence counts, once; void is one channel only where it is the same of all."""
+    from anomaly_seg_ros.networks import _ensemble
+
+    members = [replace(constant_network(void_index=19), licence=licence)
+               for licence in ('see A', 'see B', 'see A')]
+    joined = _ensemble(members)
+    assert (joined.licence, joined.void_index) == ('see A + see B', 19)
+    for void_index in (None, 0):
+        members[1] = replace(members[1], void_index=void_index)
+        assert _ensemble(members).void_index is None
 
 
 def test_ensembles_of_different_kinds_are_refused():

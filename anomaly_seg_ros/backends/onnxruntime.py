@@ -53,8 +53,8 @@ class OnnxRuntimeCpu(Backend):
         options = session_options(self._threads)
         options.add_session_config_entry('session.intra_op.allow_spinning', str(int(spinning)))
         use_pool(options)
-        if model.card.precision == 'int8' and not adds_int8_exactly(_CPU_INFO):
-            options.add_session_config_entry('session.x64quantprecision', '1')
+        if model.card.precision == 'int8':
+            use_exact_int8(options)
         self._session = open_session(model, options, [('CPUExecutionProvider', {})])
         self._input = input_port(model.card)
         self._binding = self._session.io_binding()
@@ -84,6 +84,12 @@ class OnnxRuntimeCpu(Backend):
         """Free the session; the backend cannot run afterwards."""
         self._binding = self._session = None
         give_back()
+
+
+def use_exact_int8(options: Any) -> None:
+    """Let a session that computes in integers do so exactly on this processor."""
+    if not adds_int8_exactly(_CPU_INFO):
+        options.add_session_config_entry('session.x64quantprecision', '1')
 
 
 def adds_int8_exactly(cpu_info: Path) -> bool:

@@ -44,8 +44,8 @@ INT8_ONLY = ('gate_dataset', 'gate_root', 'maximum_drop', 'int8_for')
 @click.option('--threshold', type=FiniteFloat(),
               help='Decision threshold for the card. Default: provisional, from the frames.')
 @click.option('--frames', type=click.Path(exists=True, file_okay=False, path_type=Path),
-              help='Folder of images to check the export on, and to calibrate int8 on. Default: '
-                   'synthetic frames.')
+              help='Folder of images: 20 of them, evenly spread, check the export, and 64 '
+                   'calibrate int8. Default: synthetic frames.')
 @click.option('--gate-dataset', type=DATASET,
               help='int8: data set whose metrics may not fall too far.')
 @click.option('--gate-root', type=FILE, help='int8: its folder.')
@@ -82,15 +82,20 @@ def export_command(network: str, weights: tuple[Path, ...], output: Path,
     _refuse_idle_options(network, options['precision'], options['input_variant'])
     require('export', 'torch', 'onnx', 'onnxscript')
     from anomaly_seg_ros.datasets.media import ImageFolder
+    from anomaly_seg_ros.export import (
+        export_model, ExportRequest, MAX_CALIBRATION_FRAMES, MAX_CHECK_FRAMES, spread)
 
-    images = None if frames is None else (frame.image_rgb for frame in ImageFolder(frames))
+    images = None
+    if frames is not None:
+        folder = ImageFolder(frames)
+        most = MAX_CALIBRATION_FRAMES if options['precision'] == 'int8' else MAX_CHECK_FRAMES
+        images = (folder[index].image_rgb for index in spread(len(folder), most))
     one = weights[0] if len(weights) == 1 else weights
     of_onnx = {name: options.pop(name) for name in ONNX_ONLY}
     with CONSOLE.status('exporting and comparing with the reference'):
         if network == 'onnx':
             card = _export_onnx(one, input_size_hw, options, of_onnx, output, images)
         else:
-            from anomaly_seg_ros.export import export_model, ExportRequest
             gate = None if gate_dataset is None or gate_root is None else dataset_source(
                 gate_dataset, gate_root, None, ())
             card = export_model(

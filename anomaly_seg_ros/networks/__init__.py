@@ -54,9 +54,10 @@ class LoadedNetwork:
     input_size_hw
         The one input size that ``module`` serves; None where it serves all.
     void_index
-        Channel of the checkpoint that meant "void" and was cut off, if any.
+        Channel of the checkpoint that meant "void" and was cut off, if any; None of an ensemble
+        whose members differ in it.
     weights_source, weights_sha256, licence
-        Provenance; of an ensemble, that of all members, joined with " + ".
+        Provenance; of an ensemble, that of all members, joined with " + ", each licence once.
 
     """
 
@@ -224,7 +225,10 @@ def _ensemble(members: Sequence[LoadedNetwork]) -> LoadedNetwork:
                                 'in classes and preprocessing')
     modules = [MasksAsLogits(member.module, member.mask_size_hw)
                if member.outputs == 'masks' else member.module for member in members]
+    same_void = len({member.void_index for member in members}) == 1
     return replace(
         first, module=Ensemble(modules).eval(), module_with_void=None, outputs='samples',
+        void_index=first.void_index if same_void else None,
+        licence=' + '.join(dict.fromkeys(member.licence for member in members)),
         weights_source=' + '.join(member.weights_source for member in members),
         weights_sha256=' + '.join(member.weights_sha256 for member in members))

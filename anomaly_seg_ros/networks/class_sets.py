@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Palette and drivable classes for class sets other than Cityscapes, from the classes' names."""
+"""Names of classes other than Cityscapes', and from them palette and drivable classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from anomaly_seg_ros.classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+from anomaly_seg_ros.errors import UserError
 
 # Road surface and what is painted on or let into it, as Cityscapes, Mapillary Vistas, BDD100K,
 # IDD, StreetHazards and ADE20K call it.
@@ -24,6 +27,26 @@ def drivable_classes(classes: Sequence[str]) -> tuple[int, ...]:
 def void_class(classes: Sequence[str]) -> int | None:
     """Return the id of the class that means void or background, None where there is none."""
     return next((i for i, name in enumerate(classes) if name.strip().lower() in VOID_NAMES), None)
+
+
+def class_names(id2label: Mapping[Any, Any], path: Path) -> tuple[str, ...]:
+    """
+    Return a checkpoint's names of classes in the order of their ids.
+
+    Raises
+    ------
+    UserError
+        If the ids are not 0 to n - 1, as numbers or as text; names ``path``.
+
+    """
+    names = {str(number): str(name) for number, name in id2label.items()}
+    order = [str(number) for number in range(len(names))]
+    if set(names) != set(order):
+        found = ', '.join(sorted(names, key=lambda number: (len(number), number))[:3])
+        raise UserError(f'{path}: id2label must number the {len(names)} classes from 0 to '
+                        f'{len(names) - 1}, got {found}, ... Number them in the order in which '
+                        'the network gives them.')
+    return tuple(names[number] for number in order)
 
 
 def class_palette(classes: Sequence[str]) -> tuple[tuple[int, int, int], ...]:

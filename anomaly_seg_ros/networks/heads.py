@@ -6,10 +6,9 @@ from copy import deepcopy
 
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.networks.subpixel import classes_last
-from anomaly_seg_ros.scores import class_scores, mean_posterior
+from anomaly_seg_ros.scores import class_scores, mean_posterior, resize
 import torch
 from torch import nn, Tensor
-import torch.nn.functional as F
 
 Score = Callable[..., Tensor]
 
@@ -85,34 +84,34 @@ class MasksHead(nn.Module):
     body
         Image (1, 3, H, W) -> class logits (1, Q, C + 1), mask logits (1, Q, h, w).
     score
-        A function on class logits and mask logits.
+        A function on class logits, mask logits, temperature and size.
     upsample
-        Resize as the library does: mask logits to ``mask_size_hw``, class scores to (H, W).
+        Resize as the library does, mask logits to ``mask_size_hw`` and class scores to (H, W),
+        before label and score are taken.
     mask_size_hw
         None for (H, W).
+    temperature
+        Divides the class logits; it can move the label, the class of largest score.
 
     """
 
     def __init__(self, body: nn.Module, score: Score, upsample: bool,
-                 mask_size_hw: tuple[int, int] | None) -> None:
+                 mask_size_hw: tuple[int, int] | None, temperature: float) -> None:
         super().__init__()
         self.body = body
         self.score = score
         self.upsample = upsample
         self.mask_size_hw = mask_size_hw
+        self.temperature = temperature
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return labels uint8 (1, h, w) and score float32 (1, h, w)."""
         class_logits, mask_logits = (output.float() for output in self.body(image))
-        size = image.shape[-2:]
+        size_hw = image.shape[-2:] if self.upsample else None
         if self.upsample:
-            mask_logits = resize(mask_logits, self.mask_size_hw or size)
-        classes = class_scores(class_logits, mask_logits)
-        anomaly = self.score(class_logits, mask_logits)
-        if self.upsample:
-            classes = resize(classes, size)
-            anomaly = resize(anomaly[:, None], size)[:, 0]
-        return classes.argmax(dim=1).to(torch.uint8), anomaly
+            mask_logits = resize(mask_logits, self.mask_size_hw or size_hw)
+        given = (class_logits, mask_logits, self.temperature, size_hw)
+        return class_scores(*given).argmax(dim=1).to(torch.uint8), self.score(*given)
 
 
 class SamplesHead(nn.Module):
@@ -169,10 +168,11 @@ class MasksAsLogits(nn.Module):
         self.mask_size_hw = mask_size_hw
 
     def forward(self, image: Tensor) -> Tensor:
-        """Image (1, 3, H, W) -> logits (1, C, h, w)."""
+        """Image (1, 3, H, W) -> logits (1, C, H, W)."""
         class_logits, mask_logits = self.body(image)
-        mask_logits = resize(mask_logits.float(), self.mask_size_hw or image.shape[-2:])
-        return class_scores(class_logits, mask_logits).clamp_min(1.2e-38).log()
+        size_hw = image.shape[-2:]
+        mask_logits = resize(mask_logits.float(), self.mask_size_hw or size_hw)
+        return class_scores(class_logits, mask_logits, 1.0, size_hw).clamp_min(1.2e-38).log()
 
 
 class FixedDropout(nn.Module):
@@ -273,10 +273,3 @@ def _passes_are_samples(body: nn.Module, image: Tensor, passes: int) -> bool:
 def is_dropout(module: nn.Module) -> bool:
     """Tell whether ``module`` drops activations in training."""
     return isinstance(module, (nn.Dropout, nn.Dropout2d)) and module.p > 0
-
-
-def resize(x: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Resize (N, C, h, w) bilinearly with half-pixel centres; nothing to do at equal sizes."""
-    if tuple(x.shape[-2:]) == tuple(size_hw):
-        return x
-    return F.interpolate(x, size=tuple(size_hw), mode='bilinear', align_corners=False)

@@ -22,9 +22,9 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.networks import LoadedNetwork
 from anomaly_seg_ros.networks.checkpoint import check_finite, check_fit, read_state_dict
-from anomaly_seg_ros.networks.class_sets import class_palette, drivable_classes
+from anomaly_seg_ros.networks.class_sets import class_names, class_palette, drivable_classes
 from anomaly_seg_ros.networks.preprocessing import (
-    normalisation, read_json, read_processor, Triple)
+    channel_order, normalisation, read_json, read_processor, Triple)
 from anomaly_seg_ros.networks.variants import VARIANTS
 import torch
 from torch import nn, Tensor
@@ -256,6 +256,7 @@ class _Checkpoint:
     """What a checkpoint holds, before it is put into a network."""
 
     config: Any
+    classes: tuple[str, ...]
     state: dict[str, Tensor]
     normalisation: tuple[Triple, Triple]
     channel_order: str
@@ -295,7 +296,7 @@ def load_huggingface(name: str, weights: Path | str,
     if size_hw is not None:
         _check_size(name, size_hw, size_divisor)
     model = _build(family, checkpoint)
-    classes = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    classes = checkpoint.classes
     return LoadedNetwork(
         name, family.adapt(model, size_hw).eval(), checkpoint.source, checkpoint.sha256,
         checkpoint.licence, classes=classes, palette=class_palette(classes),
@@ -358,11 +359,7 @@ def _read_folder(family_name: str, folder: Path, source: str, licence: str) -> _
     except Exception as error:  # whatever the library's checks raise
         raise UserError(f'{folder / "config.json"}: not a valid configuration '
                         f'({type(error).__name__}: {error}).') from error
-    if sorted(config.id2label) != list(range(config.num_labels)):
-        numbers = ', '.join(str(number) for number in sorted(config.id2label)[:3])
-        raise UserError(f'{folder / "config.json"}: id2label must number the {config.num_labels} '
-                        f'classes from 0 to {config.num_labels - 1}, got {numbers}, ... Number '
-                        'them in the order in which the network gives them.')
+    classes = class_names(config.id2label, folder / 'config.json')
     processor = read_processor(folder)
     mean_std = normalisation(processor, folder)
     state: dict[str, Tensor] = {}
@@ -372,9 +369,8 @@ def _read_folder(family_name: str, folder: Path, source: str, licence: str) -> _
     digests = [sha256_file(file) for file in files]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256(
         ''.join(digests).encode()).hexdigest()
-    return _Checkpoint(config, state, mean_std,
-                       'bgr' if processor.get('do_flip_channel_order') else 'rgb',
-                       source, digest, licence)
+    return _Checkpoint(config, classes, state, mean_std, channel_order(processor), source, digest,
+                       licence)
 
 
 def _weights_files(folder: Path) -> list[Path]:
@@ -412,8 +408,8 @@ def _read_state_dict(family_name: str, family: Family, variant: Mapping[str, Any
             for entry, (key, read) in family.from_state.items() if key in state}
     config = _config_class(family_name)(
         id2label=dict(enumerate(CITYSCAPES_CLASSES)), **{**variant, **told})
-    return _Checkpoint(config, state, family.normalisation, 'rgb', path.name, sha256_file(path),
-                       'as the weights given')
+    return _Checkpoint(config, CITYSCAPES_CLASSES, state, family.normalisation, 'rgb', path.name,
+                       sha256_file(path), 'as the weights given')
 
 
 def _build(family: Family, checkpoint: _Checkpoint) -> Any:

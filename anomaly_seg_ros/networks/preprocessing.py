@@ -27,6 +27,16 @@ def read_processor(folder: Path) -> dict[str, Any]:
                     f'AutoImageProcessor.from_pretrained(...).save_pretrained({str(folder)!r}).')
 
 
+def processor_file(folder: Path) -> Path:
+    """Return where ``read_processor`` finds the settings."""
+    return folder / next((name for name in _FILES if (folder / name).is_file()), _FILES[0])
+
+
+def channel_order(processor: Mapping[str, Any]) -> str:
+    """Return in which order the network takes the channels of an image: ``rgb`` or ``bgr``."""
+    return 'bgr' if processor.get('do_flip_channel_order') else 'rgb'
+
+
 def normalisation(processor: Mapping[str, Any], folder: Path) -> tuple[Triple, Triple]:
     """
     Return mean and std for values in [0, 1], whatever the processor rescales by.
@@ -47,9 +57,8 @@ def normalisation(processor: Mapping[str, Any], folder: Path) -> tuple[Triple, T
             ('image_std', std, _are_three(std) and min(std) > 0, '3 values above 0'),
             ('rescale_factor', factor, _is_number(factor) and factor > 0, 'a number above 0')):
         if not fits:
-            name = next((name for name in _FILES if (folder / name).is_file()), _FILES[0])
-            raise UserError(f'{folder / name}: {entry} must be {expected}, got {value!r}. Take '
-                            'what the network was trained with.')
+            raise UserError(f'{processor_file(folder)}: {entry} must be {expected}, got '
+                            f'{value!r}. Take what the network was trained with.')
     scale = 255 * float(factor)
     if abs(scale - 1) < 1e-6:
         scale = 1.0

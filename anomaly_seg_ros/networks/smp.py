@@ -8,8 +8,9 @@ from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.files import sha256_file
 from anomaly_seg_ros.networks import LoadedNetwork
 from anomaly_seg_ros.networks.checkpoint import fit_state_dict, read_state_dict
-from anomaly_seg_ros.networks.class_sets import class_palette, drivable_classes
-from anomaly_seg_ros.networks.preprocessing import normalisation, read_json, read_processor
+from anomaly_seg_ros.networks.class_sets import class_names, class_palette, drivable_classes
+from anomaly_seg_ros.networks.preprocessing import (
+    channel_order, normalisation, processor_file, read_json, read_processor)
 import segmentation_models_pytorch
 from torch import nn
 
@@ -20,8 +21,8 @@ def load_segmentation_models(name: str, weights: Path | str) -> LoadedNetwork:
 
     ``config.json`` there names the architecture and its encoder. It does not tell how images were
     normalised in training: that is read from a ``preprocessor_config.json`` beside it, with
-    ``image_mean`` and ``image_std`` for values in [0, 1], and ``id2label`` where the classes are
-    not the 19 of Cityscapes.
+    ``image_mean`` and ``image_std`` for values in [0, 1], ``id2label`` where the classes are not
+    the 19 of Cityscapes, and ``do_flip_channel_order`` where the network takes BGR.
 
     Raises
     ------
@@ -43,8 +44,7 @@ def load_segmentation_models(name: str, weights: Path | str) -> LoadedNetwork:
     processor = read_processor(folder)
     mean, std = normalisation(processor, folder)
     names = processor.get('id2label') or dict(enumerate(CITYSCAPES_CLASSES))
-    classes = tuple(str(name) for _, name in sorted(
-        names.items(), key=lambda item: int(item[0])))
+    classes = class_names(names, processor_file(folder))
     if config.get('classes') != len(classes):
         raise UserError(f'{folder / "config.json"}: {config.get("classes")} classes, but '
                         f'{len(classes)} names. Add "id2label" with a name for each class to '
@@ -56,4 +56,4 @@ def load_segmentation_models(name: str, weights: Path | str) -> LoadedNetwork:
     return LoadedNetwork(
         name, network, folder.name, sha256_file(file), 'as the weights given', classes=classes,
         palette=class_palette(classes), drivable=drivable_classes(classes), mean=mean, std=std,
-        size_divisor=32, upsample=True)
+        channel_order=channel_order(processor), size_divisor=32, upsample=True)
