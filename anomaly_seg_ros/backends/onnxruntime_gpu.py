@@ -22,6 +22,7 @@ import numpy as np
 
 _CUDA = 'CUDAExecutionProvider'
 _TENSORRT = 'TensorrtExecutionProvider'
+_FATAL = 4
 
 
 class OnnxRuntimeCuda(Backend):
@@ -70,6 +71,9 @@ class OnnxRuntimeCuda(Backend):
         if reason is not None:
             raise UserError(f'backend {self.name}: {reason}. It needs the extra "cuda" and an '
                             'NVIDIA GPU; or choose --backend cpu.')
+        # cuDNN's heuristics try plans that do not exist, and ONNX Runtime logs each of them as an
+        # error, dozens for a model; what does fail is raised.
+        onnxruntime.set_default_logger_severity(_FATAL)
         if hasattr(onnxruntime, 'preload_dlls'):
             onnxruntime.preload_dlls()  # CUDA and cuDNN from pip's nvidia packages
         self.card = model.card
