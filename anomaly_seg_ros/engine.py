@@ -291,8 +291,10 @@ def tensorrt_graph(data: bytes) -> bytes:
                if port.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
     nodes = []
     for node in graph.node:
-        if node.op_type == 'Cast' and node.attribute[0].i == onnx.TensorProto.UINT8:
-            node.attribute[0].i = onnx.TensorProto.INT32
+        if node.op_type == 'Cast':
+            to = next(attribute for attribute in node.attribute if attribute.name == 'to')
+            if to.i == onnx.TensorProto.UINT8:
+                to.i = onnx.TensorProto.INT32
         for index, name in enumerate(node.output):
             if name in outputs:
                 node.output[index] = f'{name}_int32'

@@ -398,13 +398,15 @@ def test_an_engine_whose_ports_are_not_the_cards_is_refused(fake: State, tmp_pat
     runner.close()
 
 
-def test_tensorrt_graph_has_uint8_only_at_its_ends() -> None:
+@pytest.mark.parametrize('attributes', [{}, {'saturate': 1}])
+def test_tensorrt_graph_has_uint8_only_at_its_ends(attributes: dict[str, int]) -> None:
     """The rewritten graph gives the same answers, and casts to uint8 only from float."""
     from onnx.reference import ReferenceEvaluator
 
     graph = identity_graph()
     # As in a device graph: labels are used further inside, after their cast to uint8.
-    graph.graph.node[1].output[0] = 'small'
+    graph.graph.node[1].CopyFrom(helper.make_node('Cast', ['index'], ['small'],
+                                                  to=TensorProto.UINT8, **attributes))
     graph.graph.node.append(helper.make_node('Gather', ['small', 'rows'], ['labels'], axis=1))
     rows = np.repeat(np.arange(24), 2)[:24]
     graph.graph.initializer.append(numpy_helper.from_array(rows, 'rows'))
