@@ -49,8 +49,6 @@ class EngineSettings:
         ``same-compute-capability``: GPUs of the same compute capability.
     optimization_level
         0 to 5, how long TensorRT searches; None leaves it to TensorRT.
-    profile
-        (smallest, usual, largest) shape of the input, for graphs with open dimensions.
     device
         Index of the CUDA device.
 
@@ -60,7 +58,6 @@ class EngineSettings:
     timing_cache: Path | None = None
     hardware_compatibility: str = 'none'
     optimization_level: int | None = None
-    profile: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     device: int = 0
 
     def __post_init__(self) -> None:
@@ -201,7 +198,7 @@ def build_engine(model: ModelFile, output: Path | str, settings: EngineSettings 
                         f'{errors or log.text()}. Export it again with another network or '
                         'precision, or use --backend cuda.')
     config = builder.create_builder_config()
-    _configure(trt, builder, network, config, settings, progress)
+    _configure(trt, config, settings, progress)
     cache = _load_timing_cache(config, settings.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -291,8 +288,10 @@ def tensorrt_graph(data: bytes) -> bytes:
                if port.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
     nodes = []
     for node in graph.node:
-        if node.op_type == 'Cast' and node.attribute[0].i == onnx.TensorProto.UINT8:
-            node.attribute[0].i = onnx.TensorProto.INT32
+        if node.op_type == 'Cast':
+            to = next(attribute for attribute in node.attribute if attribute.name == 'to')
+            if to.i == onnx.TensorProto.UINT8:
+                to.i = onnx.TensorProto.INT32
         for index, name in enumerate(node.output):
             if name in outputs:
                 node.output[index] = f'{name}_int32'
@@ -373,7 +372,7 @@ _PRECISION_WORDS = {'int8': r'int8', 'fp8': r'fp8|e4m3', 'fp16': r'fp16|half',
                     'bf16': r'bf16|bfloat', 'fp32': r'fp32|float'}
 
 
-def _configure(trt: Any, builder: Any, network: Any, config: Any, settings: EngineSettings,
+def _configure(trt: Any, config: Any, settings: EngineSettings,
                progress: Progress | None) -> None:
     if settings.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mib << 20)
@@ -385,15 +384,6 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, settings: Engi
         config.builder_optimization_level = settings.optimization_level
     if progress is not None:
         config.progress_monitor = _make_monitor(trt, progress)
-    image = network.get_input(0)
-    if -1 in tuple(image.shape):
-        if settings.profile is None:
-            raise UserError(f'the graph takes {tuple(image.shape)}: give the smallest, usual and '
-                            'largest shape as the profile')
-        profile = builder.create_optimization_profile()
-        smallest, usual, largest = settings.profile
-        profile.set_shape(image.name, smallest, usual, largest)
-        config.add_optimization_profile(profile)
 
 
 def _make_monitor(trt: Any, progress: Progress) -> Any:

@@ -85,22 +85,9 @@ class State:
 
 def make(state: State) -> dict[str, Any]:
     """Return the module's classes, bound to ``state``."""
-    class ITensor:
-        def __init__(self, name: str, shape: Sequence[int]) -> None:
-            self.name, self.shape = name, tuple(shape)
-
     class INetworkDefinition:
         def __init__(self) -> None:
             self.model: Any = None
-
-        def get_input(self, index: int) -> ITensor:
-            value = self.model.graph.input[index]
-            dims = value.type.tensor_type.shape.dim
-            return ITensor(value.name, [d.dim_value or -1 for d in dims])
-
-    class IOptimizationProfile:
-        def set_shape(self, name: str, low: Any, usual: Any, high: Any) -> None:
-            state.seen['profile'] = [list(low), list(usual), list(high)]
 
     class IHostMemory(bytes):
         pass
@@ -121,9 +108,6 @@ def make(state: State) -> dict[str, Any]:
         def clear_flag(self, flag: Any) -> None:
             state.seen['cleared'] = flag
 
-        def add_optimization_profile(self, profile: Any) -> int:
-            return 0
-
         def create_timing_cache(self, serialized_timing_cache: bytes) -> ITimingCache | None:
             good = serialized_timing_cache.startswith(b'timing cache')
             return ITimingCache() if good or not serialized_timing_cache else None
@@ -143,9 +127,6 @@ def make(state: State) -> dict[str, Any]:
         def create_builder_config(self) -> IBuilderConfig:
             return IBuilderConfig()
 
-        def create_optimization_profile(self) -> IOptimizationProfile:
-            return IOptimizationProfile()
-
         def build_serialized_network(self, network: Any, config: Any) -> IHostMemory | None:
             state.seen['config'] = config
             state.seen['built on'] = state.cuda.device
@@ -161,7 +142,7 @@ def make(state: State) -> dict[str, Any]:
             graph = network.model.graph
             half = any(x.data_type == 10 for x in graph.initializer)
             kind = state.layer_format or ('Half' if half else 'Row major linear FP32')
-            ports = {value.name: [[d.dim_value or -1 for d in value.type.tensor_type.shape.dim],
+            ports = {value.name: [[d.dim_value for d in value.type.tensor_type.shape.dim],
                                   value.type.tensor_type.elem_type, mode]
                      for mode, values in (('INPUT', graph.input), ('OUTPUT', graph.output))
                      for value in values}
@@ -170,8 +151,7 @@ def make(state: State) -> dict[str, Any]:
                       {'Name': 'cast', 'LayerType': 'Reformat',
                        'Inputs': [{'Name': 'y', 'Format/Datatype': 'Row major linear FP32'}]},
                       *state.more_layers]
-            return IHostMemory(json.dumps({'ports': ports, 'layers': layers,
-                                           'profile': state.seen.get('profile')}).encode())
+            return IHostMemory(json.dumps({'ports': ports, 'layers': layers}).encode())
 
     class ParserError:
         def __str__(self) -> str:
@@ -205,13 +185,8 @@ def make(state: State) -> dict[str, Any]:
             self.addresses: dict[str, int] = {}
 
         def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
-            wanted = self.engine.get_tensor_shape(name)
-            low, high = wanted, wanted
-            if self.engine.plan['profile']:
-                low, _, high = self.engine.plan['profile']
             self.shape = tuple(shape)
-            return len(wanted) == len(shape) and all(
-                a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+            return self.shape == self.engine.get_tensor_shape(name)
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             return self.shape if name == 'image' else (1, *self.shape[2:])
@@ -258,9 +233,6 @@ def make(state: State) -> dict[str, Any]:
 
         def get_tensor_mode(self, name: str) -> TensorIOMode:
             return TensorIOMode(self.plan['ports'][name][2])
-
-        def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[Sequence[int]]:
-            return self.plan['profile']
 
     class Runtime:
         def __init__(self, logger: Any) -> None:

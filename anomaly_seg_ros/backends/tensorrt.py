@@ -113,12 +113,12 @@ class TensorrtBackend(Backend):
 
 class EngineRunner:
     """
-    Any engine with one input: buffers and CUDA graph are kept as long as the shape stays.
+    Any engine with one input of one shape, its buffers and its CUDA graph.
 
     Attributes
     ----------
     inputs, outputs
-        Ports of the engine, open dimensions as -1.
+        Ports of the engine.
 
     """
 
@@ -139,7 +139,6 @@ class EngineRunner:
             raise UserError(f'{path}: no memory to run this engine: {self._log.text()}. Close '
                             'other programs on the GPU.')
         self._buffers: CudaBuffers | None = None
-        self._shape: tuple[int, ...] | None = None
         self.inputs: list[Port] = []
         self.outputs: list[Port] = []
         for index in range(self._engine.num_io_tensors):
@@ -155,30 +154,23 @@ class EngineRunner:
 
     @property
     def input_buffer(self) -> np.ndarray | None:
-        """The pinned array that is copied to the GPU, once a shape is known."""
+        """The pinned array that is copied to the GPU, once ``prepare`` was called."""
         return self._buffers.host[self.inputs[0].name] if self._buffers else None
 
     def prepare(self, shape: tuple[int, ...]) -> CudaBuffers:
         """
-        Allocate for an input of this shape and capture the graph, unless it is the same again.
+        Allocate for inputs of this shape, which is the engine's, and capture the graph.
 
         Raises
         ------
         UserError
-            If the engine's profile does not allow the shape, or memory runs out.
+            If the engine has another shape, or memory runs out.
 
         """
-        if self._buffers is not None and shape == self._shape:
-            return self._buffers
         image = self.inputs[0]
         if not self._context.set_input_shape(image.name, shape):
-            allowed = str(image.shape)
-            if -1 in image.shape:
-                low, _, high = self._engine.get_tensor_profile_shape(image.name, 0)
-                allowed = f'{tuple(low)} to {tuple(high)}'
-            raise UserError(f'{self._path}: built for inputs {allowed}, got {shape}. Build it '
-                            'with a profile that holds this shape.')
-        self._release()
+            raise UserError(f'{self._path}: built for inputs {image.shape}, got {shape}. Build it '
+                            'again from the model.')
         ports = [Port(image.name, image.dtype, shape)] + [
             Port(port.name, port.dtype, tuple(self._context.get_tensor_shape(port.name)))
             for port in self.outputs]
@@ -192,12 +184,11 @@ class EngineRunner:
         buffers.synchronize()
         if self._cuda_graph:
             buffers.capture(lambda: self._enqueue(buffers))
-        self._shape = shape
         return buffers
 
     def run(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """Run one input; the arrays returned are overwritten by the next call."""
-        buffers = self.prepare(array.shape)
+        buffers = self._buffers or self.prepare(array.shape)
         buffers.use()
         host = buffers.host[self.inputs[0].name]
         if array is not host:
@@ -217,12 +208,9 @@ class EngineRunner:
         for port in self.outputs:
             buffers.download(port.name)
 
-    def _release(self) -> None:
-        if self._buffers is not None:
-            self._buffers.close()
-        self._buffers = self._shape = None
-
     def close(self) -> None:
         """Free everything; the runner cannot run afterwards."""
-        self._release()
+        if self._buffers is not None:
+            self._buffers.close()
+        self._buffers = None
         self._context = self._engine = self._runtime = None
