@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from rclpy.callback_groups import CallbackGroup
 
 T = TypeVar('T')
+_FEW = 10  # frames: one skipped among so many means that they come too fast
 
 
 class Mailbox(Generic[T]):
@@ -112,6 +113,7 @@ class Freshness:
         """Begin with no frame seen."""
         self._last_ns = 0
         self._held = False
+        self._since_skipped = _FEW
 
     def wait_s(self, received_ns: int, skipped: int, now_ns: int) -> float:
         """
@@ -129,16 +131,18 @@ class Freshness:
         """
         last_ns, self._last_ns = self._last_ns, received_ns
         held, self._held = self._held, False
-        # Not twice in a row; not where every frame so far was answered: it is not too many then.
-        if held or not skipped or not last_ns or not received_ns:
+        self._since_skipped = 0 if skipped else self._since_skipped + 1
+        # Not twice in a row; not where all the last ones were answered: it is not too many then.
+        if held or self._since_skipped >= _FEW or not last_ns or not received_ns:
             return 0.0
         period_ns = (received_ns - last_ns) / (skipped + 1)
         age_ns = now_ns - received_ns
-        if not 0 < period_ns < 3 * age_ns < 3 * period_ns:
+        # Up to two periods: the next is on its way then. Later, the stream has ended.
+        if not 0 < period_ns < 3 * age_ns < 6 * period_ns:
             return 0.0
         self._held = True
         # The last frame of a stream is answered, too: when the next one is half a period late.
-        return (1.5 * period_ns - age_ns) / 1e9
+        return (max(period_ns - age_ns, 0) + period_ns / 2) / 1e9
 
 
 class Gate(CallbackGroup):  # type: ignore[misc]
