@@ -223,7 +223,7 @@ def test_a_camera_that_does_not_fit(camera: tuple[Camera, int], tmp_path: Path, 
         eyes.start(**({'message': image()} | start))
     else:
         eyes.node.create_publisher(CompressedImage, '/other/compressed', 5)
-    checks = run_doctor(model=write_tiny_model(tmp_path / 'tiny.onnx'), listen_s=1.0,
+    checks = run_doctor(model=write_tiny_model(tmp_path / 'tiny.onnx'), listen_s=3.0,
                         domain_id=domain_id, **options)
     finding = by_name(checks)[name]
     assert finding.level in (ERROR, WARN), format_checks(checks)
