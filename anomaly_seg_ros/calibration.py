@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_seg_ros.backends import open_backend
-from anomaly_seg_ros.backends.onnxruntime import session_options
+from anomaly_seg_ros.backends.onnxruntime import session_options, use_exact_int8
 from anomaly_seg_ros.classes import label_ids, UNLABELLED
 from anomaly_seg_ros.datasets.frame import Frame
 from anomaly_seg_ros.datasets.source import FrameSource
@@ -185,9 +185,11 @@ def fit_temperature(model: ModelFile, frames: Iterator[Frame],
 
     bare, logits_names = _bare_graph(model)
     names = [logits_names] if isinstance(logits_names, str) else logits_names
-    session = onnxruntime.InferenceSession(
-        bare.SerializeToString(), session_options(threads or len(os.sched_getaffinity(0))),
-        providers=['CPUExecutionProvider'])
+    options = session_options(threads or len(os.sched_getaffinity(0)))
+    if model.card.precision == 'int8':
+        use_exact_int8(options)
+    session = onnxruntime.InferenceSession(bare.SerializeToString(), options,
+                                           providers=['CPUExecutionProvider'])
     preprocess = Preprocessor(model.card)
     drawn = _LabelledPixels(FIT_PIXELS)
     for frame in frames:

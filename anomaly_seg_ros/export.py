@@ -324,20 +324,24 @@ def _check_float16(network: LoadedNetwork, card: ModelCard, inputs: Sequence[np.
 def _draft_card(request: ExportRequest, network: LoadedNetwork) -> ModelCard:
     device = request.input_variant == 'device'
     frame_size_hw = request.frame_size_hw if device else None
-    return ModelCard(
-        name=request.name or f'{network.name}_{request.score}',
-        network=network.name, classes=network.classes, palette=network.palette,
-        drivable=network.drivable, input_size_hw=request.input_size_hw,
-        output_size_hw=frame_size_hw or request.input_size_hw,
-        input_variant=request.input_variant, frame_size_hw=frame_size_hw,
-        frame_channel_order=request.frame_channel_order if device else 'rgb',
-        score=request.score, threshold=0.0, threshold_source='', score_range=(0.0, 1.0),
-        void_index=network.void_index, resize=request.resize or network.resize,
-        channel_order=network.channel_order, mean=network.mean, std=network.std,
-        score_parameters=score_parameters(network, request.score),
-        temperature=request.temperature, precision=request.precision,
-        weights_source=network.weights_source, weights_sha256=network.weights_sha256,
-        licence=network.licence)
+    try:
+        return ModelCard(
+            name=request.name or f'{network.name}_{request.score}',
+            network=network.name, classes=network.classes, palette=network.palette,
+            drivable=network.drivable, input_size_hw=request.input_size_hw,
+            output_size_hw=frame_size_hw or request.input_size_hw,
+            input_variant=request.input_variant, frame_size_hw=frame_size_hw,
+            frame_channel_order=request.frame_channel_order if device else 'rgb',
+            score=request.score, threshold=0.0, threshold_source='', score_range=(0.0, 1.0),
+            void_index=network.void_index, resize=request.resize or network.resize,
+            channel_order=network.channel_order, mean=network.mean, std=network.std,
+            score_parameters=score_parameters(network, request.score),
+            temperature=request.temperature, precision=request.precision,
+            weights_source=network.weights_source, weights_sha256=network.weights_sha256,
+            licence=network.licence)
+    except ValueError as error:
+        raise UserError(f'{network.weights_source}: these values do not make a model card: '
+                        f'{error}') from error
 
 
 def _resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:

@@ -216,7 +216,8 @@ def _download(file: CatalogueFile, folder: Path, entry: CatalogueEntry,
                     f'should be {expected}. It was not kept. The source may have changed: look at '
                     f'{entry.source}, and do not use a file that you cannot explain.')
         return name, {'url': url, 'sha256': digest,
-                      'verified_by': verified if expected else 'its length only'}
+                      'verified_by': verified if expected else
+                      'its length only' if length else 'nothing'}
     raise AssertionError('a catalogue file has at least one name')
 
 

@@ -211,10 +211,12 @@ def _last(graph: Any) -> set[str]:
 
 def _score(graph: bytes, network_input: np.ndarray) -> np.ndarray:
     """Return the score that a graph gives, as one row."""
+    from anomaly_seg_ros.backends.onnxruntime import use_exact_int8
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    use_exact_int8(options)
     session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
     score: np.ndarray = session.run(['anomaly'], {'image': network_input})[0].ravel()
     return score

@@ -261,6 +261,17 @@ def test_what_cannot_be_exported_is_refused(changes: dict[str, Any], message: st
     assert not (tmp_path / 'm.onnx').exists()
 
 
+def test_a_checkpoint_of_too_many_classes_is_refused(
+        small_weights: Path, tmp_path: Path,  # noqa: F811
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A label is one byte, of which 255 means unlabelled."""
+    many = replace(small_network.load('small', small_weights),
+                   classes=tuple(f'c{i}' for i in range(300)))
+    monkeypatch.setitem(small_network.NETWORKS, 'small', lambda *arguments: many)
+    with pytest.raises(UserError, match=r'small\.pth: .*classes must be 1 to 255 names, got 300'):
+        export_model(request(small_weights), tmp_path / 'm.onnx', frames())
+
+
 def test_no_frames_are_refused(small_weights: Path, tmp_path: Path) -> None:  # noqa: F811
     """Nothing can be compared on nothing."""
     with pytest.raises(UserError, match='at least one image'):

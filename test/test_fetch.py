@@ -138,10 +138,12 @@ def test_the_length_of_a_redirect_is_not_the_files(tmp_path: Path, server: Serve
     server.files['/raw/weights.pth'] = WEIGHTS
     server.without_length.add('/raw/weights.pth')
     seen: list[tuple[str, int, int | None]] = []
-    fetch('small', tmp_path / 'models', catalogue(tmp_path, server),
+    fetch('small', tmp_path / 'models', catalogue(tmp_path, server, sha256=None),
           progress=lambda *values: seen.append(values))
     assert (tmp_path / 'models' / 'weights.pth').read_bytes() == WEIGHTS
     assert seen[-1] == ('weights.pth', len(WEIGHTS), None)
+    record = json.loads((tmp_path / 'models' / 'fetched.json').read_text())
+    assert record['weights.pth']['verified_by'] == 'nothing'
 
 
 def test_an_etag_is_not_taken_for_a_digest(tmp_path: Path, server: Server) -> None:
