@@ -11,16 +11,20 @@ import sys
 from typing import Any
 
 from anomaly_seg_ros import export
+from anomaly_seg_ros.backends import open_backend
 from anomaly_seg_ros.cli import cli
 from anomaly_seg_ros.datasets import DATASETS, open_dataset
 from anomaly_seg_ros.engine import EngineKey, record_path
 from anomaly_seg_ros.errors import UserError
 from anomaly_seg_ros.model_file import load_model_file, write_model_file
+from anomaly_seg_ros.pipeline import Pipeline
 import cards
 from click.testing import CliRunner
 import cv2
 import numpy as np
 import pytest
+
+WEIGHTS = Path(__file__).resolve().parent.parent / 'models' / 'demo_weights.safetensors'
 
 
 def run(*arguments: object) -> 'subprocess.CompletedProcess[str]':
@@ -62,6 +66,7 @@ BENCHMARK = ['evaluate', 'm.onnx', '--root', '.', '--output', 'o', '--dataset']
     ([*EXPORT, 'erfnet', '--mean', '0.5,0.5,0.5', '--classes', '/nonexistent', '--void-index',
       '3', '--upsample'], '--mean, --classes, --void-index, --upsample only with NETWORK onnx'),
     ([*EXPORT, 'erfnet', '--frame-size', '10x20'], 'only with --input-variant device'),
+    ([*EXPORT, 'erfnet', '--frame-channel-order', 'bgr'], 'only with --input-variant device'),
     ([*EXPORT, 'onnx', '--int8-for', 'openvino'], '--int8-for only with --precision int8'),
     (['calibrate', 'm', '--dataset', 'acdc', '--root', 'r', '--output', 'o', '--criterion',
       'best-f1', '--rate', '0.5'], 'best-f1 takes no rate'),
@@ -595,3 +600,23 @@ def test_ray_address_without_a_cluster_fails_at_once(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert 'no Ray cluster at 127.0.0.1:1' in result.stderr and 'ray start' in result.stderr
     assert 'Traceback' not in result.stderr
+
+
+def test_export_for_a_camera_that_sends_bgr(tmp_path: Path) -> None:
+    """The card says so, and frames of both orders give the same answer."""
+    pytest.importorskip('onnxscript')
+    path = tmp_path / 'm.onnx'
+    result = CliRunner().invoke(cli, [
+        'export', 'roadnet', '--weights', str(WEIGHTS),
+        '--input-size', '64x96', '--input-variant', 'device', '--frame-size', '60x100',
+        '--frame-channel-order', 'bgr', '--output', str(path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    model = load_model_file(path)
+    assert model.card.frame_channel_order == 'bgr'
+    frame = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+    with open_backend(model, 'cpu') as backend:
+        pipeline = Pipeline(backend)
+        rgb = pipeline(frame, 'rgb').copy()
+        bgr = pipeline(np.ascontiguousarray(frame[..., ::-1]), 'bgr')
+        np.testing.assert_array_equal(rgb.anomaly, bgr.anomaly)
+        assert (pipeline(frame, 'bgr').anomaly != rgb.anomaly).any()

@@ -36,6 +36,9 @@ INT8_ONLY = ('gate_dataset', 'gate_root', 'maximum_drop', 'int8_for')
               help='host: normalised outside, for CPUs. device: camera frame in, for GPUs.')
 @click.option('--frame-size', 'frame_size_hw', type=SizeType(),
               help='Height x width of the camera frames, for --input-variant device.')
+@click.option('--frame-channel-order', type=click.Choice(['rgb', 'bgr']), default='rgb',
+              show_default=True, help='--input-variant device: order of the channels in the '
+              'camera frames. Frames of the other order are converted on the CPU.')
 @click.option('--resize', type=click.Choice(['antialiased', 'bilinear']),
               help='How frames are scaled to the input size. Default: as in the training of '
                    'NETWORK, antialiased for all but roadnet.')
@@ -118,7 +121,8 @@ def _refuse_idle_options(network: str, precision: str, input_variant: str) -> No
     for applies, needed, names in (
             (network == 'onnx', 'with NETWORK onnx', ONNX_ONLY),
             (precision == 'int8', 'with --precision int8', INT8_ONLY),
-            (input_variant == 'device', 'with --input-variant device', ('frame_size_hw',))):
+            (input_variant == 'device', 'with --input-variant device',
+             ('frame_size_hw', 'frame_channel_order'))):
         idle = [parameter.opts[0] for parameter in context.command.params
                 if parameter.name in names and context.get_parameter_source(parameter.name)
                 is ParameterSource.COMMANDLINE]
