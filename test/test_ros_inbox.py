@@ -137,6 +137,7 @@ def test_a_late_frame_waits_for_the_next_only_where_there_are_too_many() -> None
     assert asked((1020, 1, 0), (1030, 0, 9), (1040, 0, 0)) == [0, pytest.approx(0.006), 0]
     late = [*((1020 + 10 * k, 0, 0) for k in range(1, 10)), (1120, 0, 9)]
     assert asked((1020, 1, 0), *late) == [0] * 11  # but not for ever after one skipped frame
+    assert asked((5000, 1, 1500)) == [0]  # a slow stream after a stall: nobody waits for seconds
     assert asked((0, 3, 9), (1080, 3, 9), (1120, 3, -5), (1110, 1, 9)) == [0] * 4  # no times
 
 

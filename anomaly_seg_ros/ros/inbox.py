@@ -17,6 +17,7 @@ from rclpy.callback_groups import CallbackGroup
 
 T = TypeVar('T')
 _FEW = 10  # frames: one skipped among so many means that they come too fast
+_LONGEST_NS = 10**9  # period of frames that are waited for
 
 
 class Mailbox(Generic[T]):
@@ -138,7 +139,7 @@ class Freshness:
         period_ns = (received_ns - last_ns) / (skipped + 1)
         age_ns = now_ns - received_ns
         # Up to two periods: the next is on its way then. Later, the stream has ended.
-        if not 0 < period_ns < 3 * age_ns < 6 * period_ns:
+        if period_ns > _LONGEST_NS or not 0 < period_ns < 3 * age_ns < 6 * period_ns:
             return 0.0
         self._held = True
         # The last frame of a stream is answered, too: when the next one is half a period late.
