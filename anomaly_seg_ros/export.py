@@ -125,8 +125,7 @@ def export_model(request: ExportRequest, output: Path | str,
     network = load_network(request.network, request.weights, request.input_size_hw)
     check_size(request.input_size_hw, network)
     frames = some_frames(check_frames() if frames is None else frames,
-                         MAX_CALIBRATION_FRAMES if request.precision == 'int8'
-                         else MAX_CHECK_FRAMES)
+                         most_frames(request.precision))
     if not frames:
         raise UserError('no frames to check the export on; give at least one image')
     images = some_frames(frames, MAX_CHECK_FRAMES)
@@ -230,6 +229,11 @@ def check_frames(count: int = 4, size_hw: tuple[int, int] = (720, 1280)) -> Iter
     noise = np.random.default_rng(11).integers(0, 256, (size_hw[0] // 8, size_hw[1] // 8, 3),
                                                dtype=np.uint8)
     yield cv2.resize(noise, size_hw[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def most_frames(precision: str) -> int:
+    """Return how many frames an export in this precision looks at, at the most."""
+    return MAX_CALIBRATION_FRAMES if precision == 'int8' else MAX_CHECK_FRAMES
 
 
 def some_frames(frames: Iterable[np.ndarray], most: int) -> list[np.ndarray]:

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 import os
 from pathlib import Path
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -78,6 +79,10 @@ def test_transport_by_profile(tmp_path: Path) -> None:
     name = PROFILE_VARIABLES[0]  # Jazzy's Fast DDS does not read it
     checks = list(doctor.check_transport({name: PROFILE[name]}, FRAME, True))
     assert [check.level for check in checks] == [ERROR] and 'Set both' in checks[0].message
+    script = f'{checks[0].remedy}; echo "${PROFILE_VARIABLES[0]} ${PROFILE_VARIABLES[1]}"'
+    said = subprocess.run(['sh', '-c', script], capture_output=True, text=True, check=True,
+                          env={'PATH': os.environ['PATH']}).stdout
+    assert said.split() == list(PROFILE.values()), 'what the remedy does in a shell'
     checks = list(doctor.check_transport(
         {'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}, 2**40, True))
     assert [check.level for check in checks] == [WARN] and 'rmem_max' in checks[0].remedy

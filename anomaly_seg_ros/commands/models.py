@@ -85,14 +85,13 @@ def export_command(network: str, weights: tuple[Path, ...], output: Path,
     _refuse_idle_options(network, options['precision'], options['input_variant'])
     require('export', 'torch', 'onnx', 'onnxscript')
     from anomaly_seg_ros.datasets.media import ImageFolder
-    from anomaly_seg_ros.export import (
-        export_model, ExportRequest, MAX_CALIBRATION_FRAMES, MAX_CHECK_FRAMES, spread)
+    from anomaly_seg_ros.export import export_model, ExportRequest, most_frames, spread
 
     images = None
     if frames is not None:
         folder = ImageFolder(frames)
-        most = MAX_CALIBRATION_FRAMES if options['precision'] == 'int8' else MAX_CHECK_FRAMES
-        images = (folder[index].image_rgb for index in spread(len(folder), most))
+        chosen = spread(len(folder), most_frames(options['precision']))
+        images = (folder[index].image_rgb for index in chosen)
     one = weights[0] if len(weights) == 1 else weights
     of_onnx = {name: options.pop(name) for name in ONNX_ONLY}
     with CONSOLE.status('exporting and comparing with the reference'):

@@ -365,7 +365,7 @@ def check_transport(environment: Mapping[str, str], frame_bytes: int,
 def _use_profile() -> str:
     """Say how the profile that lets big images through is used."""
     new, old = PROFILE_VARIABLES
-    return f'export {new}={resource("config/fastdds.xml")} {old}=${new}'
+    return f'export {new}={resource("config/fastdds.xml")}; export {old}=${new}'
 
 
 def _check_shared_memory(segment: int, folder: Path = SHARED_MEMORY) -> Check:

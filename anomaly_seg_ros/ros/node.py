@@ -87,7 +87,6 @@ class AnomalySegNode(LifecycleNode):  # type: ignore[misc]
         # Wakes the executor, which then looks at the gate again.
         self._worker_waits = self.create_guard_condition(lambda: None)
         self._sequence_number = 0
-        self._freshness = Freshness()
         self._watchdog = self._new_watchdog()
         self._autostart = None
         if self._settings.autostart:

@@ -183,7 +183,7 @@ class Worker:
         return True
 
     def publish_fallback(self, header: Any, size_hw: tuple[int, int] | None = None) -> None:
-        """Publish an all-obstacle mask, by default of ``size_hw``, if the node is active."""
+        """Publish an all-obstacle mask, of this size or the worker's, if the node is active."""
         with self._outputs.lock:
             if self._active:
                 self._outputs.publish_fallback(header, size_hw or self.size_hw)
